@@ -1,0 +1,1 @@
+"""The collector: exchange sockets to Redis lists."""

@@ -1,0 +1,1 @@
+"""The flusher: Redis lists to TimescaleDB."""

@@ -1,0 +1,1 @@
+"""The orderbook process: snapshots and diffs to true books, and those to Redis lists."""

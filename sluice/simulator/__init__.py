@@ -1,0 +1,1 @@
+"""A faithful exchange that misbehaves on command."""
