@@ -1,0 +1,219 @@
+"""The records that travel on the Redis lists: one type a table, one list a type.
+
+A record is a compact JSON array, so that `redis-cli LRANGE` stays readable. Fields are only ever
+appended, with defaults: a new flusher reads old records, and an old flusher that meets a longer
+record says so (`TooNewError`) and leaves it where it is.
+
+Prices and sizes are the exchange's own decimal text. Times are integer microseconds since the
+epoch: `ts_event` by the exchange's clock, `ts_recv` by ours. Ids are 64-bit integers.
+
+Decoding checks shape, ranges and lengths. The alphabet of the texts is checked where a batch is
+written, in one pass over all of it; a pattern a field would cost more than the whole decoding.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+MAX_ID: Final = 2**63 - 1
+"""The largest id a record may carry: what a PostgreSQL bigint holds."""
+
+DecimalText = Annotated[str, msgspec.Meta(min_length=1, max_length=52)]
+"""A plain decimal: at most 20 digits before the point and 30 after it."""
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+Id = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+OptionalId = Annotated[int, msgspec.Meta(ge=-1, le=MAX_ID)]
+"""An id, or -1 where there is none."""
+
+Micros = Annotated[int, msgspec.Meta(ge=0, le=253_402_300_799_999_999)]
+"""Microseconds since the epoch, up to the year 9999."""
+
+Side = Literal["buy", "sell"]
+Level = tuple[DecimalText, DecimalText]
+"""Price and size of one level of a book."""
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What every record begins with: which market it belongs to."""
+
+    exchange: Name
+    symbol: Name
+
+
+class Trade(Record, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One trade, or one aggregate of the raw trades `first_id` to `trade_id`.
+
+    `side` is the aggressor's. `ts_event` is the exchange's trade time in the one unit that its
+    socket and its REST service share: it is part of the key. `ts_recv` is when we read it.
+    """
+
+    trade_id: Id
+    first_id: Id
+    price: DecimalText
+    quantity: DecimalText
+    side: Side
+    ts_event: Micros
+    ts_recv: Micros
+
+
+class OrderbookSnapshot(Record, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The top of a book at one instant of the exchange-time grid.
+
+    `ts_grid` is the instant, `ts_event` the time of the last event in the book, `ts_recv` when that
+    event was read. `trusted_depth` is how many levels of each side are known to be complete.
+    Levels run from the best to the worst.
+    """
+
+    ts_grid: Micros
+    update_id: Id
+    sync_id: Id
+    ts_event: Micros
+    ts_recv: Micros
+    bids: list[Level]
+    asks: list[Level]
+    trusted_depth: Count = 0
+
+
+class Kline(Record, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One closed candle as the exchange computed it; ids are -1 where it had no trade."""
+
+    interval: Name
+    ts_open: Micros
+    ts_close: Micros
+    open: DecimalText
+    high: DecimalText
+    low: DecimalText
+    close: DecimalText
+    volume: DecimalText
+    quote_volume: DecimalText
+    trade_count: Count
+    taker_buy_volume: DecimalText
+    taker_buy_quote_volume: DecimalText
+    first_trade_id: OptionalId
+    last_trade_id: OptionalId
+    ts_recv: Micros
+
+
+class Ticker(Record, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The 24-hour statistics of a market; a mini ticker has no quotes and no count."""
+
+    kind: Literal["ticker", "miniTicker"]
+    ts_event: Micros
+    last_price: DecimalText
+    open: DecimalText
+    high: DecimalText
+    low: DecimalText
+    volume: DecimalText
+    quote_volume: DecimalText
+    bid_price: DecimalText | None
+    bid_size: DecimalText | None
+    ask_price: DecimalText | None
+    ask_size: DecimalText | None
+    trade_count: Count | None
+    ts_recv: Micros
+
+
+class Gap(Record, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What is missing and why: a range of ids, or a window of time where a stream has none.
+
+    A later record of the same `gap_id` with a higher `revision` replaces the earlier one.
+    """
+
+    gap_id: Text
+    channel: Name
+    from_id: Id | None
+    to_id: Id | None
+    ts_from: Micros | None
+    ts_to: Micros | None
+    cause: Text
+    status: Literal["open", "filled", "absent", "lost"]
+    tries: Count
+    revision: Count
+    ts_opened: Micros
+    ts_closed: Micros | None
+
+
+KINDS: Final[dict[str, type[Record]]] = {
+    "trade": Trade,
+    "orderbook_snapshot": OrderbookSnapshot,
+    "kline": Kline,
+    "ticker": Ticker,
+    "gap": Gap,
+}
+"""Every record type under the name of its queue."""
+
+KIND_OF: Final[dict[type[Record], str]] = {record: kind for kind, record in KINDS.items()}
+
+
+class RejectedRecordError(ValueError):
+    """The bytes are no valid record of their type, and never will be."""
+
+
+class TooNewError(ValueError):
+    """The record has more fields than this version knows: upgrade this process first."""
+
+
+_encode = msgspec.json.Encoder().encode
+_any = msgspec.json.Decoder(list)
+_one = {kind: msgspec.json.Decoder(record) for kind, record in KINDS.items()}
+_many = {kind: msgspec.json.Decoder(list[record]) for kind, record in KINDS.items()}  # type: ignore[valid-type]  # a type made at run time
+_is_decimal = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,30})?").fullmatch
+_is_name = re.compile(r"""[^\s\x00-\x1f\x7f-\x9f'"\\]{1,64}""").fullmatch
+
+
+def is_positive(text: str) -> bool:
+    """Tell whether the text is a plain decimal above zero within the bounds of a record."""
+    return _is_decimal(text) is not None and text.strip("0.") != ""
+
+
+def is_decimal(text: str) -> bool:
+    """Tell whether the text is a plain decimal of zero or more within the bounds of a record."""
+    return _is_decimal(text) is not None
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a market may be called this: no white space, control, quote or backslash."""
+    return _is_name(text) is not None
+
+
+def encode(record: Record) -> bytes:
+    """Give the record as a compact JSON array."""
+    return _encode(record)
+
+
+def decode(kind: str, item: bytes) -> Record:
+    """Read one record of a kind.
+
+    Raises:
+        TooNewError: it has more fields than this version knows.
+        RejectedRecordError: it is no record of this kind.
+    """
+    try:
+        return _one[kind].decode(item)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if _is_longer(kind, item):
+            known = len(KINDS[kind].__struct_fields__)
+            raise TooNewError(f"a {kind} record has more than {known} fields") from error
+        raise RejectedRecordError(str(error)) from error
+
+
+def decode_many(kind: str, items: Sequence[bytes]) -> list[Record] | None:
+    """Read a batch in one pass, or give None where any of it has to be looked at singly."""
+    try:
+        records: list[Record] = _many[kind].decode(b"[" + b",".join(items) + b"]")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return records if len(records) == len(items) else None
+
+
+def _is_longer(kind: str, item: bytes) -> bool:
+    try:
+        fields = _any.decode(item)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return len(fields) > len(KINDS[kind].__struct_fields__)
