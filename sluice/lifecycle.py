@@ -1,0 +1,114 @@
+"""The life of a process: settings, loop, signals, readiness, exit code.
+
+The first SIGTERM or SIGINT sets `stop`: sources end, buffers drain, clients close. When that takes
+longer than DRAIN_SECONDS, or a second signal comes, what is left is cancelled. Whatever is not
+stored by then is still in Redis, in the spool, or named by a gap.
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+import uvloop
+from loguru import logger
+from prometheus_client.core import Metric
+
+from sluice.logging import configure_logging
+from sluice.metrics import Health, gauge, serve_metrics
+from sluice.settings import Settings, load_or_exit
+
+STATISTICS_SECONDS = 30.0
+
+
+@dataclass
+class Process:
+    """What a running service has from its process.
+
+    `stop` is set by the first signal. `statistics` gives the line that is logged every 30 s, and
+    `metrics` the families behind `/metrics`; a service adds its own to both.
+    """
+
+    name: str
+    settings: Settings
+    stop: asyncio.Event
+    health: Health = field(default_factory=Health)
+    statistics: list[Callable[[], str]] = field(default_factory=list)
+    metrics: list[Callable[[], Iterable[Metric]]] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+
+    def collect(self) -> Iterable[Metric]:
+        """Give all metric families of the process."""
+        yield gauge("up", "1 while the process runs", [({"process": self.name}, 1)])
+        yield gauge("ready", "1 while it is ready", [({}, float(self.health.is_ready))])
+        yield gauge("start_timestamp_seconds", "When it started", [({}, self.started)])
+        for collect in self.metrics:
+            yield from collect()
+
+
+Service = Callable[[Process], Awaitable[None]]
+
+
+def run_service(name: str, service: Service, *, port: int, needs_symbols: bool) -> None:
+    """Run a service until a signal ends it; `port` is that of its pages unless METRICS_PORT is set.
+
+    Exits with 0 after a stop by signal, 1 after a bug, 2 for bad settings.
+    """
+    settings = load_or_exit(needs_symbols=needs_symbols)
+    configure_logging(settings.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code = runner.run(_run(name, service, settings, port))
+    raise SystemExit(code)
+
+
+async def _run(name: str, service: Service, settings: Settings, port: int) -> int:
+    process = Process(name, settings, asyncio.Event())
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101  # a coroutine that runs has a task
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if process.stop.is_set():
+            logger.warning("{}: {} again, giving up what is left", name, number.name)
+            task.cancel()
+            return
+        logger.info("{}: {}, stopping", name, number.name)
+        process.stop.set()
+        loop.call_later(settings.drain_seconds, task.cancel)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+
+    try:
+        runner = await serve_metrics(
+            settings.metrics_host,
+            port if settings.metrics_port is None else settings.metrics_port,
+            process.health,
+            process.collect,
+        )
+    except OSError as error:
+        logger.error("METRICS_PORT: {}", error.strerror or error)
+        return 2
+    statistics = asyncio.create_task(_log_statistics(process))
+    try:
+        logger.info("{}: started", name)
+        process.health.ready("start")
+        await service(process)
+    except asyncio.CancelledError:
+        logger.warning("{}: drained no further within {} s", name, settings.drain_seconds)
+    except Exception:  # noqa: BLE001  # whatever it was, say so and let the supervisor restart
+        logger.exception("{}: a bug ended the process; what it held is fetched again", name)
+        return 1
+    finally:
+        statistics.cancel()
+        await asyncio.gather(statistics, return_exceptions=True)
+        await runner.cleanup()
+    logger.info("{}: stopped", name)
+    return 0
+
+
+async def _log_statistics(process: Process) -> None:
+    while True:
+        await asyncio.sleep(STATISTICS_SECONDS)
+        logger.info("{}: {}", process.name, ", ".join(line() for line in process.statistics))

@@ -1,0 +1,258 @@
+"""The queue: a Redis list whose head moves only after COMMIT, and every key name there is.
+
+*Claim* reads the head counter and the first items and moves nothing. *Ack* trims what was claimed
+if, and only if, the counter and the bytes of the first and the last item are still the ones that
+were claimed. So a failed write, a crash or a lost connection leaves the batch where it was, in
+order, and of two flushers that claimed the same batch one trim wins.
+
+*Push* appends records and, in the same step, judges whether their ids continue the market's head
+(design: completeness). All scripts keep the durable counters, so at any instant
+`pushed = acked + dead + length`.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from redis.asyncio import Redis
+
+PREFIX: Final = "crypto"
+HEADS: Final = f"{PREFIX}:heads"
+"""Hash: `<exchange>:<symbol>:<stream>` to the highest id pushed."""
+UNANCHORED: Final = f"{PREFIX}:unanchored"
+"""Hash: a stream whose head was missing to the first id pushed since; the table must be asked."""
+BAD_FRAMES: Final = f"{PREFIX}:frames:bad"
+"""List: the newest frames that no adapter could read."""
+MAX_TRACKED_ID: Final = 2**53 - 1
+"""The highest id whose continuity is judged: scripts count in doubles."""
+
+
+def queue_key(kind: str) -> str:
+    """Name the list of a record kind."""
+    return f"{PREFIX}:queue:{kind}"
+
+
+def head_field(exchange: str, symbol: str, stream: str) -> str:
+    """Name a market's stream in the hash of heads."""
+    return f"{exchange}:{symbol}:{stream}"
+
+
+def holes_key(field: str) -> str:
+    """Name the sorted set of a stream's holes: `<from>-<to>-<opened, ms>` by `<from>`."""
+    return f"{PREFIX}:holes:{field}"
+
+
+def book_key(exchange: str, symbol: str) -> str:
+    """Name the hash of a market's latest book."""
+    return f"{PREFIX}:orderbook:{exchange}:{symbol}"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of contiguous ids of one market's stream, as pushed together."""
+
+    field: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The items at the head of a queue, and the fence that proves they still are."""
+
+    head: int
+    items: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """A queue's durable counters and its length, read in one step."""
+
+    pushed: int
+    acked: int
+    dead: int
+    length: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether everything pushed is accounted for."""
+        return self.pushed == self.acked + self.dead + self.length
+
+
+class StaleClaimError(Exception):
+    """The head has moved since the claim: another flusher acked it, or the list was replaced."""
+
+
+class DeadListFullError(Exception):
+    """The dead list is at its bound: a person has to look before the queue goes on."""
+
+
+_PUSH: Final = """
+local queue, counters, heads, unanchored = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local segments = tonumber(ARGV[1])
+local clock = redis.call('TIME')
+local opened = string.format('%.0f', clock[1] * 1000 + math.floor(clock[2] / 1000))
+local prior = {}
+
+local function add(holes, from, to, since)
+  redis.call('ZADD', holes, from, string.format('%.0f-%.0f-%s', from, to, since))
+end
+
+local function subtract(holes, first, last)
+  -- Holes are disjoint and sorted by their start, so the first one that ends before `first` ends
+  -- the search.
+  for _, hole in ipairs(redis.call('ZREVRANGEBYSCORE', holes, last, '-inf')) do
+    local from, to, since = string.match(hole, '^(%d+)-(%d+)-(%d+)$')
+    from, to = tonumber(from), tonumber(to)
+    if to < first then return end
+    redis.call('ZREM', holes, hole)
+    if from < first then add(holes, from, first - 1, since) end
+    if to > last then add(holes, last + 1, to, since) end
+  end
+end
+
+for i = 0, segments - 1 do
+  local field = ARGV[2 + 3 * i]
+  local first, last = tonumber(ARGV[3 + 3 * i]), tonumber(ARGV[4 + 3 * i])
+  local head = redis.call('HGET', heads, field)
+  prior[i + 1] = head or ''
+  if not head then
+    redis.call('HSET', heads, field, ARGV[4 + 3 * i])
+    redis.call('HSETNX', unanchored, field, ARGV[3 + 3 * i])
+  else
+    head = tonumber(head)
+    local holes = ARGV[2 + 3 * segments] .. field
+    if first > head + 1 then add(holes, head + 1, first - 1, opened) end
+    if first <= head then subtract(holes, first, last) end
+    if last > head then redis.call('HSET', heads, field, ARGV[4 + 3 * i]) end
+  end
+end
+
+local start = 3 + 3 * segments
+local length = 0
+for i = start, #ARGV, 5000 do
+  length = redis.call('RPUSH', queue, unpack(ARGV, i, math.min(i + 4999, #ARGV)))
+end
+redis.call('HINCRBY', counters, 'pushed', #ARGV - start + 1)
+return {length, prior}
+"""
+
+_CLAIM: Final = """#!lua flags=allow-oom
+local queue, head = KEYS[1], KEYS[2]
+local most, room, step = tonumber(ARGV[1]), tonumber(ARGV[2]), 1000
+local position = redis.call('GET', head)
+if not position then
+  position = ARGV[3]
+  redis.call('SET', head, position)
+end
+local items = {}
+while #items < most do
+  local part = redis.call('LRANGE', queue, #items, math.min(#items + step, most) - 1)
+  for _, item in ipairs(part) do
+    room = room - #item
+    if room < 0 and #items > 0 then return {position, items} end
+    items[#items + 1] = item
+  end
+  if #part < step then break end
+end
+return {position, items}
+"""
+
+_ACK: Final = """#!lua flags=allow-oom
+local queue, head, dead, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local count, most_dead = tonumber(ARGV[2]), tonumber(ARGV[5])
+local refused = #ARGV - 5
+if redis.call('GET', head) ~= ARGV[1]
+  or redis.call('LINDEX', queue, 0) ~= ARGV[3]
+  or redis.call('LINDEX', queue, count - 1) ~= ARGV[4] then
+  return -1
+end
+if refused > 0 then
+  if redis.call('LLEN', dead) + refused > most_dead then return -2 end
+  for i = 6, #ARGV do redis.call('RPUSH', dead, ARGV[i]) end
+  redis.call('HINCRBY', counters, 'dead', refused)
+end
+redis.call('LTRIM', queue, count, -1)
+redis.call('INCRBY', head, count)
+redis.call('HINCRBY', counters, 'acked', count - refused)
+return redis.call('LLEN', queue)
+"""
+
+_BALANCE: Final = """#!lua flags=allow-oom,no-writes
+local counters = redis.call('HMGET', KEYS[2], 'pushed', 'acked', 'dead')
+return {counters[1] or '0', counters[2] or '0', counters[3] or '0', redis.call('LLEN', KEYS[1])}
+"""
+
+
+class RecordQueue:
+    """One list of records of one kind."""
+
+    def __init__(self, redis: Redis, kind: str) -> None:
+        self.kind = kind
+        self.key = queue_key(kind)
+        self.dead_key = f"{self.key}:dead"
+        self._head_key = f"{self.key}:head"
+        self._counters_key = f"{self.key}:counters"
+        self._redis = redis
+        self._push = redis.register_script(_PUSH)
+        self._claim = redis.register_script(_CLAIM)
+        self._ack = redis.register_script(_ACK)
+        self._balance = redis.register_script(_BALANCE)
+
+    async def push(
+        self, items: Sequence[bytes], segments: Sequence[Segment] = ()
+    ) -> tuple[int, list[int | None]]:
+        """Append the items and judge the segments' ids, in one step.
+
+        Gives the queue's length, and for each segment the head it met (None where there was none).
+        Raises redis' errors; after a lost reply the push may have happened, and repeating it is
+        harmless, because every record has a key.
+        """
+        arguments: list[str | bytes | int] = [len(segments)]
+        for segment in segments:
+            arguments += (segment.field, segment.first, segment.last)
+        arguments.append(holes_key(""))
+        length, prior = await self._push(
+            keys=[self.key, self._counters_key, HEADS, UNANCHORED], args=[*arguments, *items]
+        )
+        return int(length), [int(head) if head else None for head in prior]
+
+    async def claim(self, most_items: int, most_bytes: int) -> Claim:
+        """Read the head of the queue, at least one item if there is any, and move nothing."""
+        # The start is random so that a list made anew can not continue the count of the old one.
+        start = random.getrandbits(48)  # it guards against accidents, not attackers
+        head, items = await self._claim(
+            keys=[self.key, self._head_key], args=[most_items, most_bytes, start]
+        )
+        return Claim(int(head), items)
+
+    async def ack(self, claim: Claim, refused: Sequence[bytes] = (), *, dead_max: int) -> int:
+        """Trim what was claimed, moving `refused` (letters, not items) to the dead list.
+
+        Gives the length that remains.
+
+        Raises:
+            StaleClaimError: the head is no longer what was claimed; nothing was changed.
+            DeadListFullError: the dead list has no room for the letters; nothing was changed.
+        """
+        items = claim.items
+        result = await self._ack(
+            keys=[self.key, self._head_key, self.dead_key, self._counters_key],
+            args=[claim.head, len(items), items[0], items[-1], dead_max, *refused],
+        )
+        if result == -1:
+            raise StaleClaimError(self.key)
+        if result == -2:  # noqa: PLR2004  # the script's second refusal
+            raise DeadListFullError(self.dead_key)
+        return int(result)
+
+    async def balance(self) -> Balance:
+        """Read the durable counters and the length in one step."""
+        pushed, acked, dead, length = await self._balance(keys=[self.key, self._counters_key])
+        return Balance(int(pushed), int(acked), int(dead), int(length))
+
+    async def head_item(self) -> bytes | None:
+        """Read the oldest item, or None where the queue is empty."""
+        item = await self._redis.lindex(self.key, 0)
+        return item if isinstance(item, bytes) else None

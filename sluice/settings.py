@@ -1,0 +1,230 @@
+"""The settings of every process, from the environment and `.env` alone.
+
+A bad value, or a name in `.env` that is nearly one of ours, is one readable line and exit code 2.
+Every variable stands in `.env.example` with a line on what it does.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+from dotenv import dotenv_values
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from sluice.exchanges import EXCHANGES
+
+ENV_FILE: Final = ".env"
+EXIT_BAD_SETTINGS: Final = 2
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Market:
+    """One market of one exchange, written `binance:BTCUSDT`."""
+
+    exchange: str
+    symbol: str
+
+    def __str__(self) -> str:
+        return f"{self.exchange}:{self.symbol}"
+
+
+def parse_market(text: str) -> Market:
+    """Read `exchange:SYMBOL`; a bare symbol is Binance's.
+
+    Raises:
+        ValueError: no such exchange, or no symbol of its form.
+    """
+    name, colon, symbol = text.strip().partition(":")
+    if not colon:
+        name, symbol = "binance", name
+    exchange = EXCHANGES.get(name)
+    if exchange is None:
+        raise ValueError(f"{text!r}: no exchange {name!r}; there are {', '.join(EXCHANGES)}")
+    if not exchange.symbol_pattern.fullmatch(symbol):
+        raise ValueError(
+            f"{text!r}: a symbol of {name} looks like {exchange.symbol_pattern.pattern}"
+        )
+    return Market(name, symbol)
+
+
+def _split(value: object) -> object:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Url = Annotated[str, Field(pattern=r"^(?:ws|http)s?://[^/\s]+/?\Z")]
+
+
+class Settings(BaseSettings):
+    """All settings; each field is the variable of the same name in capitals."""
+
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    redis_host: str = "127.0.0.1"
+    redis_port: Port = 6379
+    redis_username: str = ""
+    redis_password: SecretStr | None = None
+    redis_db: Annotated[int, Field(ge=0)] = 0
+    redis_tls: bool = False
+
+    postgres_host: str = "127.0.0.1"
+    postgres_port: Port = 5432
+    postgres_db: str = "sluice"
+    postgres_user: str = "sluice"
+    postgres_password: SecretStr | None = None
+    postgres_sslmode: Literal[
+        "disable", "allow", "prefer", "require", "verify-ca", "verify-full"
+    ] = "prefer"
+
+    symbols: CommaSeparated = []
+    streams: CommaSeparated = ["trade"]
+
+    binance_spot_ws_url: Url = "wss://stream.binance.com:9443"
+    binance_spot_rest_url: Url = "https://api.binance.com"
+    simulator_ws_url: Url = "ws://127.0.0.1:8700"
+    simulator_rest_url: Url = "http://127.0.0.1:8700"
+
+    flush_batch_size: Annotated[int, Field(ge=1, le=100_000)] = 5000
+    flush_batch_bytes: Annotated[int, Field(ge=1024, le=256 * 2**20)] = 8 * 2**20
+    flush_interval_ms: Annotated[int, Field(ge=1, le=600_000)] = 1000
+    dead_max: Annotated[int, Field(ge=0)] = 10_000
+
+    snapshot_depth: Annotated[int, Field(ge=1, le=5000)] = 20
+    snapshot_interval_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 1000
+
+    drain_seconds: Annotated[float, Field(gt=0, le=600)] = 8.0
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Port | None = None
+    log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("symbols")
+    @classmethod
+    def _are_markets(cls, value: list[str]) -> list[str]:
+        for text in value:
+            parse_market(text)
+        return value
+
+    @model_validator(mode="after")
+    def _are_streams(self) -> "Settings":
+        for name in sorted({market.exchange for market in self.markets}):
+            pattern = EXCHANGES[name].streams
+            for stream in self.streams:
+                if not pattern.fullmatch(stream):
+                    raise ValueError(f"STREAMS: {stream!r} is none of {name}'s: {pattern.pattern}")
+        return self
+
+    @property
+    def markets(self) -> list[Market]:
+        """The markets of SYMBOLS, each once, in the order given."""
+        return list(dict.fromkeys(parse_market(text) for text in self.symbols))
+
+
+class BadSettingsError(ValueError):
+    """What is wrong with the settings, a line each."""
+
+
+def load(*, needs_symbols: bool = False) -> Settings:
+    """Read the settings.
+
+    Raises:
+        BadSettingsError: a value is bad, a name in `.env` is misspelt, or SYMBOLS is missing.
+    """
+    _refuse_misspelt(dotenv_values(ENV_FILE) if Path(ENV_FILE).is_file() else ())
+    try:
+        settings = Settings(_secrets_dir=os.environ.get("CREDENTIALS_DIRECTORY"))
+    except ValidationError as error:
+        raise BadSettingsError("\n".join(_explain(error))) from None
+    if needs_symbols and not settings.symbols:
+        raise BadSettingsError(
+            "SYMBOLS is not set: name the markets to record, for example "
+            "SYMBOLS=binance:BTCUSDT,binance:ETHUSDT"
+        )
+    return settings
+
+
+def load_or_exit(*, needs_symbols: bool = False) -> Settings:
+    """Read the settings, or say what is wrong with them and exit with code 2."""
+    try:
+        return load(needs_symbols=needs_symbols)
+    except BadSettingsError as error:
+        _exit(str(error))
+
+
+def _exit(message: str) -> NoReturn:
+    sys.stderr.write(message + "\n")
+    raise SystemExit(EXIT_BAD_SETTINGS)
+
+
+def _explain(error: ValidationError) -> Iterable[str]:
+    for problem in error.errors():
+        name = str(problem["loc"][0]).upper() if problem["loc"] else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        yield f"{name}: {message}{_accepted(name)}" if name else message
+
+
+def _accepted(name: str) -> str:
+    field = Settings.model_fields.get(name.lower())
+    if field is None or field.annotation is None:
+        return ""
+    bounds = [
+        f"{word} {getattr(rule, key)}"
+        for rule in field.metadata
+        for key, word in (("ge", "from"), ("gt", "above"), ("le", "to"))
+        if getattr(rule, key, None) is not None
+    ]
+    default = "" if field.default is None else f"; the default is {field.default}"
+    return f" (accepted: {_type_name(field.annotation)}{' '.join(['', *bounds])}{default})"
+
+
+def _type_name(annotation: Any) -> str:  # noqa: ANN401  # a type expression
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        list[str]: "a list, comma separated",
+    }
+    if annotation in names:
+        return names[annotation]
+    options = [str(option) for option in getattr(annotation, "__args__", ())]
+    return "one of " + ", ".join(options) if options else "a text"
+
+
+def _refuse_misspelt(names: Iterable[str]) -> None:
+    known = {field.upper() for field in Settings.model_fields}
+    for name in names:
+        if name.upper() in known or re.fullmatch(r"[A-Z0-9_]+", name.upper()) is None:
+            continue
+        close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85)
+        if close:
+            raise BadSettingsError(
+                f"{ENV_FILE}: there is no setting {name}; did you mean {close[0]}?"
+            )
