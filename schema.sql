@@ -187,8 +187,6 @@ CREATE TABLE IF NOT EXISTS gaps (
     CHECK (from_time <= to_time)
 );
 
-CREATE INDEX IF NOT EXISTS gaps_market_id_opened_at_idx ON gaps (market_id, opened_at);
-
 CREATE TABLE IF NOT EXISTS book_audits (
     market_id integer NOT NULL,
     time timestamptz NOT NULL,
@@ -224,9 +222,11 @@ BEGIN
                 wanted.name::regclass, by_range('time', wanted.chunk),
                 create_default_indexes => false);
         END IF;
-        EXECUTE format(
-            'CREATE UNIQUE INDEX IF NOT EXISTS %I ON %I (%s, %s)',
-            wanted.name || '_key', wanted.name, wanted.segment_by, wanted.order_by);
+        IF to_regclass(format('public.%I', wanted.name || '_key')) IS NULL THEN
+            EXECUTE format(
+                'CREATE UNIQUE INDEX %I ON %I (%s, %s)',
+                wanted.name || '_key', wanted.name, wanted.segment_by, wanted.order_by);
+        END IF;
         IF is_community AND NOT EXISTS (
             SELECT FROM timescaledb_information.hypertables
             WHERE hypertable_schema = 'public' AND hypertable_name = wanted.name
