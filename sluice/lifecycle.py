@@ -6,6 +6,7 @@ stored by then is still in Redis, in the spool, or named by a gap.
 """
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -17,7 +18,8 @@ from prometheus_client.core import Metric
 
 from sluice.logging import configure_logging
 from sluice.metrics import Health, gauge, serve_metrics
-from sluice.settings import Settings, load_or_exit
+from sluice.settings import BadSettingsError, Settings, load, load_or_exit
+from sluice.supervision import Supervisor
 
 STATISTICS_SECONDS = 30.0
 
@@ -26,8 +28,10 @@ STATISTICS_SECONDS = 30.0
 class Process:
     """What a running service has from its process.
 
-    `stop` is set by the first signal. `statistics` gives the line that is logged every 30 s, and
-    `metrics` the families behind `/metrics`; a service adds its own to both.
+    `stop` is set by the first signal. `statistics` gives the line that is logged every 30 s,
+    `metrics` the families behind `/metrics`, and `reload` what takes new settings after SIGHUP and
+    names the variables it applied; a service adds its own to each. It calls `progress` whenever
+    work got on, whatever the outcome: without it systemd's watchdog ends the process.
     """
 
     name: str
@@ -36,7 +40,17 @@ class Process:
     health: Health = field(default_factory=Health)
     statistics: list[Callable[[], str]] = field(default_factory=list)
     metrics: list[Callable[[], Iterable[Metric]]] = field(default_factory=list)
+    reload: list[Callable[[Settings], set[str]]] = field(default_factory=list)
+    supervisor: Supervisor = field(default_factory=lambda: Supervisor(os.environ))
     started: float = field(default_factory=time.time)
+
+    def progress(self) -> None:
+        """Note that work got on: a frame or an answer came, an attempt ended."""
+        self.supervisor.progress()
+
+    def statistics_line(self) -> str:
+        """Give what the process has to say of itself, in one line."""
+        return ", ".join(line() for line in self.statistics)
 
     def collect(self) -> Iterable[Metric]:
         """Give all metric families of the process."""
@@ -74,11 +88,13 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
             task.cancel()
             return
         logger.info("{}: {}, stopping", name, number.name)
+        process.supervisor.stopping()
         process.stop.set()
         loop.call_later(settings.drain_seconds, task.cancel)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, _reload, process)
 
     try:
         runner = await serve_metrics(
@@ -90,7 +106,10 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
     except OSError as error:
         logger.error("METRICS_PORT: {}", error.strerror or error)
         return 2
-    statistics = asyncio.create_task(_log_statistics(process))
+    reports = [
+        asyncio.create_task(_log_statistics(process)),
+        asyncio.create_task(_report_to_supervisor(process)),
+    ]
     try:
         logger.info("{}: started", name)
         process.health.ready("start")
@@ -101,8 +120,9 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
         logger.exception("{}: a bug ended the process; what it held is fetched again", name)
         return 1
     finally:
-        statistics.cancel()
-        await asyncio.gather(statistics, return_exceptions=True)
+        for report in reports:
+            report.cancel()
+        await asyncio.gather(*reports, return_exceptions=True)
         await runner.cleanup()
     logger.info("{}: stopped", name)
     return 0
@@ -111,4 +131,43 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
 async def _log_statistics(process: Process) -> None:
     while True:
         await asyncio.sleep(STATISTICS_SECONDS)
-        logger.info("{}: {}", process.name, ", ".join(line() for line in process.statistics))
+        logger.info("{}: {}", process.name, process.statistics_line())
+
+
+async def _report_to_supervisor(process: Process) -> None:
+    """Tell systemd when the service is ready, how it stands, and that it gets on."""
+    supervisor = process.supervisor
+    is_announced = False
+    while supervisor.is_present:
+        if not is_announced and process.health.is_ready:
+            supervisor.ready()
+            is_announced = True
+        waiting = "; ".join(process.health.reasons)
+        supervisor.status(f"waiting for {waiting}" if waiting else process.statistics_line())
+        supervisor.feed()
+        await asyncio.sleep(1)
+
+
+def _reload(process: Process) -> None:
+    """Read the settings again, apply what can be applied, and name what needs a restart."""
+    process.supervisor.reloading()
+    try:
+        new = load()
+    except BadSettingsError as error:
+        logger.error("{}: not reloaded, the old settings stay: {}", process.name, error)
+    else:
+        old = process.settings
+        changed = {
+            name for name in Settings.model_fields if getattr(new, name) != getattr(old, name)
+        }
+        applied: set[str] = set()
+        if "log_level" in changed:
+            configure_logging(new.log_level)
+            applied.add("log_level")
+        for apply in process.reload:
+            applied |= apply(new)
+        process.settings = new
+        for name in sorted(changed):
+            word = "applied" if name in applied else "needs a restart"
+            logger.info("{}: {} {}", process.name, name.upper(), word)
+    process.supervisor.ready()

@@ -50,7 +50,11 @@ def book_key(exchange: str, symbol: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of contiguous ids of one market's stream, as pushed together."""
+    """A run of contiguous ids of one market's stream, as pushed together.
+
+    An empty run, `first` one above `last`, says that ids up to `last` exist: what lies between the
+    head and it becomes a hole.
+    """
 
     field: str
     first: int
@@ -124,7 +128,7 @@ for i = 0, segments - 1 do
     head = tonumber(head)
     local holes = ARGV[2 + 3 * segments] .. field
     if first > head + 1 then add(holes, head + 1, first - 1, opened) end
-    if first <= head then subtract(holes, first, last) end
+    if first <= head and first <= last then subtract(holes, first, last) end
     if last > head then redis.call('HSET', heads, field, ARGV[4 + 3 * i]) end
   end
 end
