@@ -48,6 +48,21 @@ def book_key(exchange: str, symbol: str) -> str:
     return f"{PREFIX}:orderbook:{exchange}:{symbol}"
 
 
+def book_floor_key(exchange: str, symbol: str) -> str:
+    """Name the update id below which a market's latest book may not return."""
+    return f"{PREFIX}:orderbook-floor:{exchange}:{symbol}"
+
+
+def live_book_channel(exchange: str, symbol: str) -> str:
+    """Name the channel on which a market's latest book is published."""
+    return f"{PREFIX}:live:orderbook:{exchange}:{symbol}"
+
+
+def budget_key(exchange: str) -> str:
+    """Name the hash of what a venue still lets this address ask."""
+    return f"{PREFIX}:budget:{exchange}"
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of contiguous ids of one market's stream, as pushed together.
