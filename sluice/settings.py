@@ -67,6 +67,7 @@ def _split(value: object) -> object:
 
 
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+_is_proxy_url = re.compile(r"(?:https?|socks[45])://(?:[^/\s@]+@)?[^/\s@]+:\d+/?").fullmatch
 Port = Annotated[int, Field(ge=0, le=65535)]
 Url = Annotated[str, Field(pattern=r"^(?:ws|http)s?://[^/\s]+/?\Z")]
 
@@ -106,6 +107,7 @@ class Settings(BaseSettings):
     binance_spot_rest_url: Url = "https://api.binance.com"
     simulator_ws_url: Url = "ws://127.0.0.1:8700"
     simulator_rest_url: Url = "http://127.0.0.1:8700"
+    proxy_url: SecretStr | None = None
 
     flush_batch_size: Annotated[int, Field(ge=1, le=100_000)] = 5000
     flush_batch_bytes: Annotated[int, Field(ge=1024, le=256 * 2**20)] = 8 * 2**20
@@ -114,6 +116,12 @@ class Settings(BaseSettings):
 
     snapshot_depth: Annotated[int, Field(ge=1, le=5000)] = 20
     snapshot_interval_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 1000
+    publish_depth: Annotated[int, Field(ge=1, le=400)] = 20
+    publish_live: bool = False
+    book_depth: Annotated[int, Field(ge=100, le=5000)] = 5000
+    book_shard: Annotated[str, Field(pattern=r"^\d{1,4}/\d{1,4}\Z")] = "0/1"
+    book_max_mb: Annotated[int, Field(ge=1)] = 1024
+    book_audit_seconds: Annotated[float, Field(ge=0)] = 60.0
 
     drain_seconds: Annotated[float, Field(gt=0, le=600)] = 8.0
     metrics_host: str = "127.0.0.1"
@@ -130,6 +138,21 @@ class Settings(BaseSettings):
     def _are_markets(cls, value: list[str]) -> list[str]:
         for text in value:
             parse_market(text)
+        return value
+
+    @field_validator("proxy_url")
+    @classmethod
+    def _is_proxy(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not _is_proxy_url(value.get_secret_value()):
+            raise ValueError("a proxy looks like http://host:port or socks5://user:pass@host:port")
+        return value
+
+    @field_validator("book_shard")
+    @classmethod
+    def _is_shard(cls, value: str) -> str:
+        index, count = map(int, value.split("/"))
+        if index >= count:
+            raise ValueError(f"there is no shard {value}; of four, the last is 3/4")
         return value
 
     @model_validator(mode="after")
