@@ -245,46 +245,97 @@ END $$;
 
 -- Candles --------------------------------------------------------------------------------------
 
--- The same names and columns on both editions: continuous aggregates, each made of the one below
--- it, on Community; plain views of trades on Apache. A row of trades may stand for several
+-- The same names and columns on both editions. On Community they are continuous aggregates, each
+-- made of the one below it. On Apache they are plain views of trades and, for the days that
+-- refresh_candles() has kept, of candles_kept. A row of trades may stand for several
 -- (first_id < trade_id). Where the edition has changed since, the other kind is replaced.
+--
+-- CALL refresh_candles(from, to) brings the stored candles of these days up to date with late rows,
+-- as far as buckets are closed and trades have not been dropped. On Apache it also keeps the
+-- candles of every day before: call it before trades are dropped, and drop whole kept days only.
 DO $$
 DECLARE
     level record;
     is_community boolean := current_setting('timescaledb.license', true) = 'timescale';
-    from_trades text := $query$
-        SELECT market_id, time_bucket(INTERVAL '%s', time) AS time,
+    compressed bigint;
+    oldest timestamptz;
+    of_trades text := $query$
+        SELECT market_id, time_bucket(INTERVAL '%1$s', time) AS time,
             first(price, trade_id) AS open, max(price) AS high,
             min(price) AS low, last(price, trade_id) AS close,
             sum(quantity) AS volume, sum(price * quantity) AS quote_volume,
             sum(trade_id - first_id + 1)::bigint AS trade_count,
             coalesce(sum(quantity) FILTER (WHERE side = 'buy'), 0) AS taker_buy_volume
-        FROM trades GROUP BY 1, 2
+        FROM trades %2$s GROUP BY 1, 2
     $query$;
-    from_candles text := $query$
-        SELECT market_id, time_bucket(INTERVAL '%s', time) AS time,
+    of_candles text := $query$
+        SELECT market_id, time_bucket(INTERVAL '%1$s', time) AS time,
             first(open, time) AS open, max(high) AS high,
             min(low) AS low, last(close, time) AS close,
             sum(volume) AS volume, sum(quote_volume) AS quote_volume,
             sum(trade_count)::bigint AS trade_count,
             sum(taker_buy_volume) AS taker_buy_volume
-        FROM %I GROUP BY 1, 2
+        FROM %3$I %2$s GROUP BY 1, 2
     $query$;
 BEGIN
+    IF NOT is_community THEN
+        SELECT count(*) INTO compressed FROM timescaledb_information.chunks WHERE is_compressed;
+        IF compressed > 0 THEN
+            RAISE EXCEPTION '% chunks are compressed: the Apache edition cannot read them',
+                compressed
+                USING HINT = 'Go back to the Community edition and decompress them first.';
+        END IF;
+        CREATE TABLE IF NOT EXISTS candles_kept (
+            market_id integer NOT NULL,
+            time timestamptz NOT NULL,
+            open numeric NOT NULL,
+            high numeric NOT NULL,
+            low numeric NOT NULL,
+            close numeric NOT NULL,
+            volume numeric NOT NULL,
+            quote_volume numeric NOT NULL,
+            trade_count bigint NOT NULL,
+            taker_buy_volume numeric NOT NULL,
+            PRIMARY KEY (market_id, time)
+        );
+        -- One row: the candles before it are read from candles_kept, the others from trades.
+        CREATE TABLE IF NOT EXISTS candles_kept_until (
+            until timestamptz NOT NULL,
+            is_only boolean PRIMARY KEY DEFAULT true CHECK (is_only)
+        );
+        INSERT INTO candles_kept_until (until) VALUES ('-infinity') ON CONFLICT DO NOTHING;
+    END IF;
+
+    -- From the top down, as each continuous aggregate holds the one below it.
     FOR level IN
         SELECT c.relname AS name, a.view_name IS NOT NULL AS is_aggregate
-        FROM pg_class AS c
+        FROM unnest(ARRAY['candles_1d', 'candles_1h', 'candles_5m', 'candles_1m'])
+            WITH ORDINALITY AS wanted (name, place)
+        JOIN pg_class AS c ON c.oid = to_regclass('public.' || wanted.name)
         LEFT JOIN timescaledb_information.continuous_aggregates AS a
-            ON a.view_schema = 'public' AND a.view_name = c.relname
-        WHERE c.relnamespace = 'public'::regnamespace
-            AND c.relname IN ('candles_1m', 'candles_5m', 'candles_1h', 'candles_1d')
-        ORDER BY array_position(
-            ARRAY['candles_1d', 'candles_1h', 'candles_5m', 'candles_1m'], c.relname::text)
+            ON a.view_schema = 'public' AND a.view_name = wanted.name
+        ORDER BY wanted.place
     LOOP
         IF level.is_aggregate AND NOT is_community THEN
+            IF level.name = 'candles_1m' THEN
+                -- The days whose trades have been dropped, whole or in part, would be lost.
+                SELECT least(
+                    time_bucket(INTERVAL '1 day', min(range_start) - INTERVAL '1 us')
+                    + INTERVAL '1 day',
+                    time_bucket(INTERVAL '1 day', now())) INTO oldest
+                FROM timescaledb_information.chunks
+                WHERE hypertable_schema = 'public' AND hypertable_name = 'trades';
+                INSERT INTO candles_kept
+                SELECT * FROM candles_1m WHERE time < oldest
+                ON CONFLICT DO NOTHING;
+                UPDATE candles_kept_until SET until = oldest;
+            END IF;
             EXECUTE format('DROP MATERIALIZED VIEW %I', level.name);
         ELSIF is_community AND NOT level.is_aggregate THEN
             EXECUTE format('DROP VIEW %I', level.name);
+            IF level.name = 'candles_1m' AND EXISTS (SELECT FROM candles_kept) THEN
+                RAISE WARNING 'candles whose trades were dropped stay in candles_kept only';
+            END IF;
         END IF;
     END LOOP;
 
@@ -296,17 +347,27 @@ BEGIN
             ('candles_1d', '1 day', 'candles_1h', INTERVAL '1 day', INTERVAL '1 hour')
         ) AS levels (name, width, source, end_offset, schedule)
     LOOP
-        CONTINUE WHEN to_regclass(format('public.%I', level.name)) IS NOT NULL;
+        CONTINUE WHEN to_regclass('public.' || level.name) IS NOT NULL;
         IF NOT is_community THEN
-            EXECUTE format('CREATE VIEW %I AS ' || from_trades, level.name, level.width);
+            EXECUTE format('CREATE VIEW %I AS ', level.name)
+                || CASE WHEN level.source IS NULL
+                    THEN 'SELECT * FROM candles_kept'
+                        ' WHERE time < (SELECT until FROM candles_kept_until)'
+                    ELSE format(of_candles, level.width,
+                        'WHERE time < (SELECT until FROM candles_kept_until)', 'candles_kept')
+                    END
+                || ' UNION ALL '
+                || format(of_trades, level.width,
+                    'WHERE time >= (SELECT until FROM candles_kept_until)');
             CONTINUE;
         END IF;
         EXECUTE format(
             'CREATE MATERIALIZED VIEW %I WITH (timescaledb.continuous,'
-            ' timescaledb.materialized_only = false) AS '
-            || CASE WHEN level.source IS NULL THEN from_trades ELSE from_candles END
-            || ' WITH NO DATA',
-            level.name, level.width, level.source);
+            ' timescaledb.materialized_only = false) AS ', level.name)
+            || format(
+                CASE WHEN level.source IS NULL THEN of_trades ELSE of_candles END,
+                level.width, '', level.source)
+            || ' WITH NO DATA';
         -- Without a lower bound every late row is caught up with. Once raw rows are dropped a
         -- bound below their age must be set: a refresh over dropped rows deletes their candles.
         EXECUTE format(
@@ -314,6 +375,66 @@ BEGIN
             ' end_offset => %L::interval, schedule_interval => %L::interval)',
             level.name, level.end_offset, level.schedule);
     END LOOP;
+
+    IF is_community THEN
+        CREATE OR REPLACE PROCEDURE refresh_candles(from_time timestamptz, to_time timestamptz)
+        LANGUAGE plpgsql AS $procedure$
+        DECLARE
+            level record;
+            -- A refresh over dropped rows would delete their candles.
+            whole_from timestamptz := greatest(
+                (SELECT min(range_start) FROM timescaledb_information.chunks
+                WHERE hypertable_schema = 'public' AND hypertable_name = 'trades'),
+                (SELECT now() - (config ->> 'drop_after')::interval
+                FROM timescaledb_information.jobs
+                WHERE proc_name = 'policy_retention' AND hypertable_name = 'trades'));
+        BEGIN
+            FOR level IN
+                SELECT name,
+                    greatest(
+                        time_bucket(INTERVAL '1 day', from_time),
+                        time_bucket(INTERVAL '1 day', whole_from - INTERVAL '1 us')
+                        + INTERVAL '1 day') AS from_bucket,
+                    least(
+                        time_bucket(INTERVAL '1 day', to_time) + INTERVAL '1 day',
+                        time_bucket(width, now() - INTERVAL '1 hour')) AS to_bucket
+                FROM (VALUES
+                    ('candles_1m', INTERVAL '1 minute'), ('candles_5m', INTERVAL '5 minutes'),
+                    ('candles_1h', INTERVAL '1 hour'), ('candles_1d', INTERVAL '1 day')
+                ) AS levels (name, width)
+            LOOP
+                IF level.from_bucket < level.to_bucket THEN
+                    CALL refresh_continuous_aggregate(
+                        level.name::regclass, level.from_bucket, level.to_bucket);
+                END IF;
+            END LOOP;
+        END $procedure$;
+    ELSE
+        EXECUTE $definition$
+        CREATE OR REPLACE PROCEDURE refresh_candles(from_time timestamptz, to_time timestamptz)
+        LANGUAGE plpgsql AS $procedure$
+        DECLARE
+            kept_until timestamptz := (SELECT until FROM candles_kept_until FOR UPDATE);
+            first_day timestamptz := time_bucket(INTERVAL '1 day', least(from_time, kept_until));
+            last_day timestamptz := least(
+                time_bucket(INTERVAL '1 day', to_time) + INTERVAL '1 day',
+                time_bucket(INTERVAL '1 day', now() - INTERVAL '1 hour'));
+        BEGIN
+            INSERT INTO candles_kept AS kept
+        $definition$
+        || format(of_trades, '1 minute', 'WHERE time >= first_day AND time < last_day')
+        || $definition$
+            ON CONFLICT (market_id, time) DO UPDATE SET
+                open = excluded.open, high = excluded.high, low = excluded.low,
+                close = excluded.close, volume = excluded.volume,
+                quote_volume = excluded.quote_volume, trade_count = excluded.trade_count,
+                taker_buy_volume = excluded.taker_buy_volume
+            -- Fewer trades than before: their rows have been dropped, and the candle is right.
+            WHERE excluded.trade_count > kept.trade_count;
+            UPDATE candles_kept_until SET until = greatest(until, last_day);
+        END $procedure$
+        $definition$;
+    END IF;
 END $$;
 
 -- Reading --------------------------------------------------------------------------------------
@@ -336,7 +457,7 @@ SELECT
     bid_sizes[1] AS bid_size,
     ask_prices[1] AS ask_price,
     ask_sizes[1] AS ask_size,
-    (bid_prices[1] + ask_prices[1]) / 2 AS mid,
+    (bid_prices[1] + ask_prices[1]) * 0.5 AS mid,
     2e4 * (ask_prices[1] - bid_prices[1]) / (bid_prices[1] + ask_prices[1]) AS spread_bps,
     (bid_prices[1] * ask_sizes[1] + ask_prices[1] * bid_sizes[1])
     / (bid_sizes[1] + ask_sizes[1]) AS microprice,
