@@ -1,0 +1,170 @@
+"""The ledger of gaps: which holes are old enough to be named, and which named ones are closed.
+
+The push script keeps the holes of each stream in Redis (`sluice.queue`). A hole that outlives
+GAP_SETTLE_MS becomes a row in `gaps`; when no hole is left in its range the row is closed as
+`filled`. Ids that the venue does not have, or no longer serves, get rows of their own.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import msgspec
+from redis.asyncio import Redis
+
+from sluice import records
+from sluice.clock import now_micros
+from sluice.queue import PREFIX, RecordQueue, Segment, head_field, holes_key
+from sluice.records import Gap
+from sluice.settings import Market
+
+TRADE: Final = "trade"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Hole:
+    """A range of ids that exist and were never pushed; `opened_ms` is by Redis' clock."""
+
+    first: int
+    last: int
+    opened_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a look at a stream's holes calls for."""
+
+    to_open: list[Hole]
+    to_close: list[Gap]
+
+
+def gaps_key(stream: str) -> str:
+    """Name the hash of a stream's open gaps: `gap_id` to the record as it was pushed last."""
+    return f"{PREFIX}:gaps:{stream}"
+
+
+def judge(
+    holes: Iterable[Hole], open_gaps: Sequence[Gap], now_ms: int, settle_ms: int
+) -> Judgement:
+    """Say which holes have to be named, and which gaps have no hole left."""
+    holes = list(holes)
+    to_open = [
+        hole
+        for hole in holes
+        if now_ms - hole.opened_ms >= settle_ms
+        and not any(covers(gap, hole.first, hole.last) for gap in open_gaps)
+    ]
+    to_close = [
+        gap for gap in open_gaps if not any(_touches(gap, hole.first, hole.last) for hole in holes)
+    ]
+    return Judgement(to_open, to_close)
+
+
+def _range(gap: Gap) -> tuple[int, int]:
+    assert gap.from_id is not None and gap.to_id is not None  # noqa: S101, PT018  # the ledger opens gaps by id only
+    return gap.from_id, gap.to_id
+
+
+def covers(gap: Gap, first: int, last: int) -> bool:
+    """Tell whether a range of ids lies within a gap."""
+    gap_first, gap_last = _range(gap)
+    return gap_first <= first and last <= gap_last
+
+
+def _touches(gap: Gap, first: int, last: int) -> bool:
+    gap_first, gap_last = _range(gap)
+    return gap_first <= last and first <= gap_last
+
+
+class Ledger:
+    """The holes and the open gaps of one market's trades, in Redis.
+
+    Every step names the gap first and forgets the hole after: whoever dies in between, the next
+    one repeats it under the same `gap_id` with a higher revision. Raises redis' errors.
+    """
+
+    def __init__(self, redis: Redis, market: Market) -> None:
+        self.market = market
+        self.field = head_field(market.exchange, market.symbol, TRADE)
+        self._redis = redis
+        self._gaps_key = gaps_key(self.field)
+        self._gap_queue = RecordQueue(redis, "gap")
+        self._trade_queue = RecordQueue(redis, TRADE)
+
+    async def holes(self) -> list[Hole]:
+        """Read the holes, lowest first."""
+        members = await self._redis.zrange(holes_key(self.field), 0, -1)
+        return [Hole(*(int(part) for part in member.split(b"-"))) for member in members]
+
+    async def open_gaps(self) -> list[Gap]:
+        """Read the gaps that are worked on."""
+        kept = await self._redis.hvals(self._gaps_key)
+        return [msgspec.json.decode(item, type=Gap) for item in kept]
+
+    async def settle(self, settle_ms: int, cause: str) -> list[Gap]:
+        """Name the holes that are old enough and close what is filled; gives the open gaps."""
+        seconds, micros = await self._redis.time()
+        now_ms = seconds * 1000 + micros // 1000
+        gaps = await self.open_gaps()
+        judgement = judge(await self.holes(), gaps, now_ms, settle_ms)
+        for hole in judgement.to_open:
+            gap = self._gap(hole.first, hole.last, f"{hole.opened_ms}", cause, "open")
+            await self._keep(gap)
+            gaps.append(gap)
+        for gap in judgement.to_close:
+            await self._close(gap, "filled")
+            gaps.remove(gap)
+        return gaps
+
+    async def tried(self, gap: Gap) -> None:
+        """Count an attempt at a gap."""
+        await self._keep(_revised(gap, tries=gap.tries + 1))
+
+    async def explain(
+        self, first: int, last: int, status: Literal["absent", "lost"], cause: str
+    ) -> None:
+        """Name ids that can not be had and take them out of the holes."""
+        await self._push(self._gap(first, last, status, cause, status))
+        await self._trade_queue.push([], [Segment(self.field, first, last)])
+
+    async def _keep(self, gap: Gap) -> None:
+        await self._push(gap)
+        await self._redis.hset(self._gaps_key, gap.gap_id, records.encode(gap))
+
+    async def _close(self, gap: Gap, status: Literal["filled"]) -> None:
+        await self._push(_revised(gap, status=status, ts_closed=now_micros()))
+        await self._redis.hdel(self._gaps_key, gap.gap_id)
+
+    async def _push(self, gap: Gap) -> None:
+        await self._gap_queue.push([records.encode(gap)])
+
+    def _gap(
+        self,
+        first: int,
+        last: int,
+        mark: str,
+        cause: str,
+        status: Literal["open", "absent", "lost"],
+    ) -> Gap:
+        now = now_micros()
+        return Gap(
+            exchange=self.market.exchange,
+            symbol=self.market.symbol,
+            gap_id=f"{self.field}:{first}-{last}:{mark}",
+            channel=TRADE,
+            from_id=first,
+            to_id=last,
+            ts_from=None,
+            ts_to=None,
+            cause=cause,
+            status=status,
+            tries=0,
+            revision=now,
+            ts_opened=now,
+            ts_closed=None if status == "open" else now,
+        )
+
+
+def _revised(gap: Gap, **changes: object) -> Gap:
+    # The clock, not a count: after a restore of Redis a count would begin below what SQL has.
+    return msgspec.structs.replace(gap, revision=max(gap.revision + 1, now_micros()), **changes)
