@@ -19,7 +19,7 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from sluice.exchanges import Exchange
+from sluice.exchanges.base import Exchange
 from sluice.queue import budget_key
 
 BURST: Final = 0.2
@@ -101,8 +101,8 @@ class Budget:
 
     async def acquire(self, weight: int, priority: Priority) -> None:
         """Wait until a request of this weight may be sent, and take it from the budget."""
-        while wait := await self._wait(weight, priority):
-            await asyncio.sleep(max(wait, _LEAST_WAIT))  # noqa: ASYNC110  # Redis sends no event
+        while wait := await self._wait(weight, priority):  # noqa: ASYNC110  # Redis sends no event
+            await asyncio.sleep(max(wait, _LEAST_WAIT))
         self.spent += weight
 
     async def report(self, used: int) -> None:

@@ -5,8 +5,7 @@ from aiohttp_socks import ProxyConnector
 from yarl import URL
 
 from sluice.budget import Budget, Priority
-from sluice.exchanges import Exchange
-from sluice.exchanges.base import Refusal, Request
+from sluice.exchanges.base import Exchange, Refusal, Request
 from sluice.settings import Settings
 
 TIMEOUT = 15.0

@@ -3,19 +3,20 @@
 import asyncio
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 from redis.asyncio import Redis
 
 from sluice.budget import Budget, Priority
+from sluice.exchanges.base import Exchange
 from sluice.queue import budget_key
 
 SOON = 0.3
 """Seconds that show a wait which lasts very much longer."""
 
 
-def venue(weight_per_minute: int) -> Any:
-    return SimpleNamespace(name="venue", weight_per_minute=weight_per_minute)
+def venue(weight_per_minute: int, name: str = "venue") -> Exchange:
+    return cast("Exchange", SimpleNamespace(name=name, weight_per_minute=weight_per_minute))
 
 
 async def is_granted(budget: Budget, weight: int, priority: Priority) -> bool:
@@ -35,9 +36,8 @@ async def test_processes_share_one_bucket(redis: Redis) -> None:
 
 
 async def test_venues_do_not_share(redis: Redis) -> None:
-    other_venue = SimpleNamespace(name="other", weight_per_minute=6)
     await Budget(redis, venue(6)).acquire(1, Priority.LIVE_IMAGE)
-    await Budget(redis, other_venue).acquire(1, Priority.LIVE_IMAGE)  # type: ignore[arg-type]
+    await Budget(redis, venue(6, "other")).acquire(1, Priority.LIVE_IMAGE)
 
 
 async def test_lower_priorities_leave_a_reserve(redis: Redis) -> None:
@@ -84,7 +84,7 @@ async def test_what_the_venue_reports_bounds_the_minute(redis: Redis) -> None:
     await budget.report(6000)
     granted = await is_granted(budget, 1, Priority.LIVE_IMAGE)
     seconds, _ = await redis.time()
-    minute_end = int(await redis.hget(budget_key("venue"), "minute_end"))  # type: ignore[misc, arg-type]
+    minute_end = int(await redis.hget(budget_key("venue"), "minute_end"))  # type: ignore[arg-type]
     assert not granted or seconds * 1000 >= minute_end
 
 

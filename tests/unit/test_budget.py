@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import pytest
 from redis.asyncio import Redis
@@ -12,6 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from sluice.budget import Budget, Priority
+from sluice.exchanges.base import Exchange
 
 SOON = 0.3
 """Seconds that show a wait which lasts very much longer."""
@@ -32,8 +33,8 @@ async def absent_redis(dead_port: int) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-def venue(weight_per_minute: int) -> Any:
-    return SimpleNamespace(name="venue", weight_per_minute=weight_per_minute)
+def venue(weight_per_minute: int, name: str = "venue") -> Exchange:
+    return cast("Exchange", SimpleNamespace(name=name, weight_per_minute=weight_per_minute))
 
 
 async def is_granted(budget: Budget, weight: int, priority: Priority = Priority.IMAGE) -> bool:
