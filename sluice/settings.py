@@ -82,6 +82,7 @@ class Settings(BaseSettings):
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
+        regex_engine="python-re",  # the other one has no \Z
     )
 
     redis_host: str = "127.0.0.1"
