@@ -5,6 +5,8 @@ exchange's time of the last event in it (microseconds), `update_id` its id, `syn
 belongs to and `state` is `live`. A hash is deleted when its book loses its place and when the
 process stops, and expires by itself three intervals after its last renewal.
 
+With PUBLISH_LIVE every book written is also published, with its ids and time in the same object.
+
 Between processes the newer sync wins, and a market's update id never goes back: below a deleted
 hash its id stays as a floor until it would have expired.
 """
@@ -46,7 +48,11 @@ for i = 1, #KEYS / 2 do
     redis.call('HSET', hash, 'sync_id', ARGV[at], 'update_id', ARGV[at + 1],
       'timestamp', ARGV[at + 2], 'data', ARGV[at + 3], 'state', 'live')
     redis.call('PEXPIRE', hash, ttl)
-    if ARGV[at + 4] ~= '' then redis.call('PUBLISH', ARGV[at + 4], ARGV[at + 3]) end
+    if ARGV[at + 4] ~= '' then
+      redis.call('PUBLISH', ARGV[at + 4], string.format(
+        '{"update_id":%s,"sync_id":%s,"timestamp":%s,%s',
+        ARGV[at + 1], ARGV[at], ARGV[at + 2], string.sub(ARGV[at + 3], 2)))
+    end
     written[i] = 1
   end
 end
