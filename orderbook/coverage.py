@@ -1,0 +1,133 @@
+"""Until when each market's depth is covered, by whichever process, and the windows that are not.
+
+The state belongs to the market and stands in Redis, so a restart, and a process that died, leave a
+window behind just as a broken sequence does; and while another process covers a market there is
+none. Times are the exchange's, microseconds.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from loguru import logger
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from sluice.clock import now_micros
+from sluice.queue import BOOKS_COVERED, head_field
+from sluice.records import Gap
+from sluice.settings import Market
+
+RENEWAL_SECONDS: Final = 1.0
+SETTLE_SECONDS: Final = 2.5
+"""How long another process has to show that it covered a market: two renewals and some."""
+CHANNEL: Final = "depth"
+
+# Time only moves on: of two processes the one that is further counts.
+_COVER: Final = """#!lua flags=allow-oom
+for i = 1, #ARGV, 2 do
+  local held = tonumber(redis.call('HGET', KEYS[1], ARGV[i]) or 0)
+  if tonumber(ARGV[i + 1]) > held then redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+end
+return 0
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """A book is live again from `ts_live` on; `ts_lost` is when it was last, None at a start."""
+
+    market: Market
+    ts_live: int
+    ts_lost: int | None
+    cause: str
+
+
+def missed_window(back: Return, covered: int | None) -> tuple[int, int] | None:
+    """Give the window that nobody covered; `covered` is until when any other process did."""
+    start = max((ts for ts in (back.ts_lost, covered) if ts is not None), default=back.ts_live)
+    return (start, back.ts_live) if start < back.ts_live else None
+
+
+class Coverage:
+    """Notes how far the books of this process got, and publishes what was missed between."""
+
+    def __init__(self, redis: Redis, publish: Callable[[Gap], None]) -> None:
+        self._redis = redis
+        self._publish = publish
+        self._cover = redis.register_script(_COVER)
+        self._until: dict[Market, int] = {}
+        self._returns: list[tuple[float, Return]] = []
+        self.windows = 0
+
+    def covers(self, market: Market, ts_event: int) -> None:
+        """Note that a book is live and holds everything up to an event."""
+        self._until[market] = ts_event
+
+    def returned(self, back: Return) -> None:
+        """Note that a book is live again; whether anything was missed is judged a little later."""
+        self._returns.append((time.monotonic() + SETTLE_SECONDS, back))
+
+    async def run(self) -> None:
+        """Keep the notes in Redis until cancelled."""
+        while True:
+            await asyncio.sleep(RENEWAL_SECONDS)
+            try:
+                await self.flush()
+            except (RedisError, OSError) as error:
+                logger.debug("coverage of books: not noted: {}", error)
+
+    async def flush(self, *, is_final: bool = False) -> None:
+        """Publish the windows missed, then move the notes on; raises redis' errors.
+
+        At the end, `is_final`, nothing is left to be judged later.
+        """
+        now = time.monotonic()
+        judged = [entry for entry in self._returns if is_final or entry[0] <= now]
+        if judged:
+            await self._judge([back for _, back in judged])
+            self._returns = [entry for entry in self._returns if entry not in judged]
+        # Until a return is judged the note must be others' alone.
+        waiting = {back.market for _, back in self._returns}
+        ready = {market: ts for market, ts in self._until.items() if market not in waiting}
+        if ready:
+            pairs = [item for market, ts in ready.items() for item in (_field(market), ts)]
+            await self._cover(keys=[BOOKS_COVERED], args=pairs)
+            for market, ts in ready.items():
+                if self._until[market] == ts:
+                    del self._until[market]
+
+    async def _judge(self, returns: list[Return]) -> None:
+        fields = [_field(back.market) for back in returns]
+        notes = await self._redis.hmget(BOOKS_COVERED, fields)
+        for back, note in zip(returns, notes, strict=True):
+            window = missed_window(back, None if note is None else int(note))
+            if window is not None:
+                self.windows += 1
+                self._publish(_gap(back, *window))
+
+
+def _field(market: Market) -> str:
+    return head_field(market.exchange, market.symbol, CHANNEL)
+
+
+def _gap(back: Return, start: int, end: int) -> Gap:
+    now = now_micros()
+    return Gap(
+        exchange=back.market.exchange,
+        symbol=back.market.symbol,
+        gap_id=f"{_field(back.market)}:{start}",
+        channel=CHANNEL,
+        from_id=None,
+        to_id=None,
+        ts_from=start,
+        ts_to=end,
+        cause=back.cause,
+        status="lost",
+        tries=0,
+        revision=0,
+        ts_opened=now,
+        ts_closed=now,
+    )
