@@ -8,6 +8,7 @@ milliseconds on sockets and in answers alike (never ask for `timeUnit`: it is pa
 `m` says that the buyer rested, so that the aggressor sold.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
@@ -32,24 +33,12 @@ MICROS_PER_MS: Final = 1000
 MAX_TRACKED_ID: Final = 2**53 - 1
 """JSON numbers above it do not survive every parser; no id of the venue is near it."""
 _MAX_MS: Final = 253_402_300_799_999
-INTERVALS: Final = [
-    "1s",
-    "1m",
-    "3m",
-    "5m",
-    "15m",
-    "30m",
-    "1h",
-    "2h",
-    "4h",
-    "6h",
-    "8h",
-    "12h",
-    "1d",
-    "3d",
-    "1w",
-    "1M",
-]
+# fmt: off
+INTERVALS: Final = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h",
+                    "1d", "3d", "1w", "1M")
+# fmt: on
+# Letters beyond ASCII occur in symbols; what separates names in a URL or a key does not.
+_SYMBOL: Final = re.compile(r"[^\W_a-z]{1,64}")
 
 
 class _Wire(msgspec.Struct, gc=False):
@@ -263,8 +252,7 @@ class BinanceSpot:
     """The adapter; `name` and the two settings let the simulator be a venue of its own."""
 
     id_kind: Literal["raw", "agg", "last", "seq", "opaque"] = "raw"
-    # Symbols may hold letters beyond ASCII; what separates names in a URL or a key may not occur.
-    symbol_pattern = re.compile(r"[^\W_a-z]{1,64}")
+    symbol_pattern = _SYMBOL
     streams = re.compile(rf"trade|ticker|miniTicker|kline_(?:{'|'.join(INTERVALS)})")
     streams_per_socket = 1024
     connects_per_window = (300, 300.0)
@@ -368,7 +356,7 @@ class BinanceSpot:
             raise BadFrameError(f"trade id {trade_id}")
         return Trade(
             self.name,
-            self._symbol(symbol),
+            _symbol(symbol),
             trade_id,
             first_id,
             price,
@@ -384,7 +372,7 @@ class BinanceSpot:
         _check_levels(event.b)
         _check_levels(event.a)
         return Depth(
-            self._symbol(event.s),
+            _symbol(event.s),
             event.U,
             event.u,
             None,
@@ -427,7 +415,7 @@ class BinanceSpot:
             raise BadFrameError(f"kline {interval} of {row.open_time}: {row.count} trades, {ids}")
         return Kline(
             self.name,
-            self._symbol(symbol),
+            _symbol(symbol),
             interval,
             _micros(row.open_time),
             _micros(row.close_time),
@@ -452,7 +440,7 @@ class BinanceSpot:
         bid_price, bid_size, ask_price, ask_size = quotes or (None, None, None, None)
         return Ticker(
             exchange=self.name,
-            symbol=self._symbol(event.s),
+            symbol=_symbol(event.s),
             kind="ticker" if quotes else "miniTicker",
             ts_event=_micros(event.E),
             last_price=event.c,
@@ -468,11 +456,6 @@ class BinanceSpot:
             trade_count=count,
             ts_recv=ts_recv,
         )
-
-    def _symbol(self, symbol: str) -> str:
-        if not self.symbol_pattern.fullmatch(symbol):
-            raise BadFrameError(f"symbol {symbol!r:.80}")
-        return symbol
 
     def image_request(self, symbol: str, limit: int) -> Request:
         """Ask for depth; the weight rises in steps with the limit."""
@@ -608,6 +591,13 @@ def _control(method: str, request_id: int, params: Sequence[str] | None = None) 
     if params is not None:
         message["params"] = params
     return msgspec.json.encode(message).decode()
+
+
+@functools.lru_cache(maxsize=4096)
+def _symbol(symbol: str) -> str:
+    if not _SYMBOL.fullmatch(symbol):
+        raise BadFrameError(f"symbol {symbol!r:.80}")
+    return symbol
 
 
 def _micros(time_ms: int) -> int:
