@@ -1,4 +1,4 @@
--- The database of Sluice, for both editions of TimescaleDB (2.19 or later) on PostgreSQL 15 or later.
+-- The database of Sluice, for both editions of TimescaleDB (2.19 or later), PostgreSQL 15 or later.
 --
 -- Run it any number of times: `psql -v ON_ERROR_STOP=1 -f schema.sql`. It is one transaction, it
 -- changes nothing that is already there, and it takes no lock that a running writer holds.
@@ -467,7 +467,9 @@ WHERE cardinality(bid_prices) > 0 AND cardinality(ask_prices) > 0;
 
 -- One row a level of every snapshot: level 1 is the best, side is the resting side.
 CREATE OR REPLACE VIEW book_levels AS
-SELECT s.market_id, s.time, l.side, l.level, l.price, l.size, l.level <= s.trusted_depth AS is_trusted
+SELECT
+    s.market_id, s.time, l.side, l.level, l.price, l.size,
+    l.level <= s.trusted_depth AS is_trusted
 FROM orderbook_snapshots AS s
 CROSS JOIN LATERAL (
     SELECT 'bid' AS side, b.level::integer, b.price, b.size
