@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from loguru import logger
 from redis.asyncio import Redis
@@ -24,7 +24,8 @@ from sluice.budget import Priority
 from sluice.clock import now_micros
 from sluice.exchanges import Exchange
 from sluice.exchanges.base import BadFrameError
-from sluice.queue import PREFIX, RecordQueue, Segment, holes_key
+from sluice.publisher import contiguous
+from sluice.queue import PREFIX, RecordQueue, holes_key
 from sluice.records import Gap, Trade
 from sluice.rest import RestClient, RestError
 
@@ -77,19 +78,9 @@ def read_page(hole: Hole, trades: Sequence[Trade], page_size: int) -> Page:
     return Page(within, missing, is_last=expected <= hole.last and len(trades) < page_size)
 
 
-def segments(field: str, trades: Sequence[Trade]) -> list[Segment]:
-    """Join ascending trades of one market into runs of contiguous ids."""
-    runs: list[Segment] = []
-    for trade in trades:
-        if runs and trade.first_id == runs[-1].last + 1:
-            runs[-1] = Segment(field, runs[-1].first, trade.trade_id)
-        else:
-            runs.append(Segment(field, trade.first_id, trade.trade_id))
-    return runs
-
-
-class Venue(Protocol):
-    """How one exchange is asked."""
+@dataclass(frozen=True, slots=True)
+class Venue:
+    """One exchange, and how it is asked."""
 
     exchange: Exchange
     rest: RestClient
@@ -196,7 +187,7 @@ class Backfill:
             return
         if page.trades:
             items = [records.encode(trade) for trade in page.trades]
-            await self._queue.push(items, segments(ledger.field, page.trades))
+            await self._queue.push(items, contiguous(page.trades))
             self.filled += len(items)
         for missing in page.missing:
             attempts.sightings[missing] += 1

@@ -93,7 +93,7 @@ class Ledger:
 
     async def holes(self) -> list[Hole]:
         """Read the holes, lowest first."""
-        members = await self._redis.zrange(holes_key(self.field), 0, -1)
+        members: list[bytes] = await self._redis.zrange(holes_key(self.field), 0, -1)  # type: ignore[assignment]  # scores are not asked for
         return [Hole(*(int(part) for part in member.split(b"-"))) for member in members]
 
     async def open_gaps(self) -> list[Gap]:
@@ -126,6 +126,15 @@ class Ledger:
         """Name ids that can not be had and take them out of the holes."""
         await self._push(self._gap(first, last, status, cause, status))
         await self._trade_queue.push([], [Segment(self.field, first, last)])
+
+    async def reopen(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Make ranges of ids holes again, as if they had just been missed."""
+        if not ranges:
+            return
+        seconds, micros = await self._redis.time()
+        now_ms = seconds * 1000 + micros // 1000
+        members = {f"{first}-{last}-{now_ms}": first for first, last in ranges}
+        await self._redis.zadd(holes_key(self.field), members)
 
     async def _keep(self, gap: Gap) -> None:
         await self._push(gap)

@@ -18,7 +18,7 @@ from prometheus_client.core import Metric
 
 from sluice.logging import configure_logging
 from sluice.metrics import Health, gauge, serve_metrics
-from sluice.settings import BadSettingsError, Settings, load, load_or_exit
+from sluice.settings import EXIT_BAD_SETTINGS, BadSettingsError, Settings, load, load_or_exit
 from sluice.supervision import Supervisor
 
 STATISTICS_SECONDS = 30.0
@@ -81,6 +81,7 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
     task = asyncio.current_task()
     assert task is not None  # noqa: S101  # a coroutine that runs has a task
     loop = asyncio.get_running_loop()
+    deadlines: list[asyncio.TimerHandle] = []
 
     def on_signal(number: signal.Signals) -> None:
         if process.stop.is_set():
@@ -90,7 +91,7 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
         logger.info("{}: {}, stopping", name, number.name)
         process.supervisor.stopping()
         process.stop.set()
-        loop.call_later(settings.drain_seconds, task.cancel)
+        deadlines.append(loop.call_later(settings.drain_seconds, task.cancel))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
@@ -105,7 +106,7 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
         )
     except OSError as error:
         logger.error("METRICS_PORT: {}", error.strerror or error)
-        return 2
+        return EXIT_BAD_SETTINGS
     reports = [
         asyncio.create_task(_log_statistics(process)),
         asyncio.create_task(_report_to_supervisor(process)),
@@ -116,16 +117,30 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
         await service(process)
     except asyncio.CancelledError:
         logger.warning("{}: drained no further within {} s", name, settings.drain_seconds)
-    except Exception:  # noqa: BLE001  # whatever it was, say so and let the supervisor restart
+    except Exception as error:  # noqa: BLE001  # whatever it was, say so and let systemd restart
+        if (refused := _refusal(error)) is not None:
+            logger.error("{}: {}", name, refused)
+            return EXIT_BAD_SETTINGS
         logger.exception("{}: a bug ended the process; what it held is fetched again", name)
         return 1
     finally:
+        for deadline in deadlines:
+            deadline.cancel()
         for report in reports:
             report.cancel()
         await asyncio.gather(*reports, return_exceptions=True)
         await runner.cleanup()
     logger.info("{}: stopped", name)
     return 0
+
+
+def _refusal(error: BaseException) -> BadSettingsError | None:
+    """Find the refused setting that ended a service, within its groups of tasks."""
+    if isinstance(error, BadSettingsError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(_refusal, error.exceptions)), None)
+    return None
 
 
 async def _log_statistics(process: Process) -> None:

@@ -124,6 +124,11 @@ class Settings(BaseSettings):
     book_max_mb: Annotated[int, Field(ge=1)] = 1024
     book_audit_seconds: Annotated[float, Field(ge=0)] = 60.0
 
+    spool_dir: Path = Path(".sluice/spool")
+    spool_max_mb: Annotated[int, Field(ge=1)] = 1024
+    gap_settle_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 1000
+    backfill_hours: Annotated[float, Field(ge=0, le=720)] = 0.0
+
     drain_seconds: Annotated[float, Field(gt=0, le=600)] = 8.0
     metrics_host: str = "127.0.0.1"
     metrics_port: Port | None = None

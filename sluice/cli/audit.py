@@ -162,6 +162,10 @@ async def certify(
             CERTIFICATE, found["market_id"], max(day, start), min(midnight, end)
         )
         certificates.append(
-            {"market": f"{found['exchange']}:{found['symbol']}", "day": f"{day:%Y-%m-%d}", **row}
+            {
+                "market": f"{found['exchange']}:{found['symbol']}",
+                "day": f"{day:%Y-%m-%d}",
+                **dict(row or {}),
+            }
         )
     return certificates

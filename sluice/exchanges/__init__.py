@@ -13,3 +13,5 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     )
 }
 """Every venue by its name in `markets.exchange`."""
+
+__all__ = ["EXCHANGES", "Exchange"]

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector.backfill import UnorderedPageError, read_page, segments
+from collector.backfill import UnorderedPageError, read_page
 from collector.ledger import Hole
+from sluice.publisher import contiguous
 from sluice.queue import Segment
 from sluice.records import Trade
 
@@ -83,6 +84,7 @@ def test_every_id_of_a_hole_is_given_missing_or_still_to_be_asked_for(
 
 
 def test_runs_of_contiguous_ids_become_segments() -> None:
-    runs = segments("f", [trade(3, first_id=1), *trades(4, 5, 9), trade(12, first_id=10)])
-    assert runs == [Segment("f", 1, 5), Segment("f", 9, 12)]
-    assert segments("f", []) == []
+    name = "binance:BTCUSDT:trade"
+    runs = contiguous([trade(3, first_id=1), *trades(4, 5, 9), trade(12, first_id=10)])
+    assert runs == [Segment(name, 1, 5), Segment(name, 9, 12)]
+    assert contiguous([]) == []

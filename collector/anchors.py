@@ -1,0 +1,145 @@
+"""Where a market's record begins: heads that Redis does not have are read from the table.
+
+A head is missing when a market is new, or when Redis came back empty. The push script notes the
+first id it saw since; whatever the table lacks below that id becomes holes again.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Final
+
+import asyncpg
+from loguru import logger
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from collector.backfill import Venue
+from collector.ledger import Ledger
+from sluice.backoff import Backoff
+from sluice.budget import Priority
+from sluice.clock import MICROS_PER_SECOND, now_micros
+from sluice.connections import connect_postgres
+from sluice.exchanges.base import BadFrameError
+from sluice.queue import UNANCHORED
+from sluice.rest import RestError
+from sluice.settings import Settings
+
+POLL_SECONDS: Final = 1.0
+
+_MISSING: Final = """
+SELECT before + 1 AS first, first_id - 1 AS last FROM (
+    SELECT first_id, lag(trade_id) OVER (ORDER BY trade_id) AS before
+    FROM trades WHERE market_id = market($1, $2) AND trade_id < $3
+    UNION ALL
+    SELECT $3::bigint, max(trade_id)
+    FROM trades WHERE market_id = market($1, $2) AND trade_id < $3
+) AS held WHERE first_id > before + 1 ORDER BY 1
+"""
+"""What the table lacks between the first id it has of a market and the first one seen since."""
+
+_EXPLAINED: Final = """
+SELECT from_id, to_id FROM gaps
+WHERE market_id = market($1, $2) AND channel = 'trade' AND status IN ('absent', 'lost')
+  AND from_id IS NOT NULL
+"""
+
+
+def subtract(
+    ranges: Sequence[tuple[int, int]], explained: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Take ranges of ids, both ends included, out of others."""
+    left: list[tuple[int, int]] = []
+    taken = sorted(explained)
+    for first, last in ranges:
+        start = first
+        for low, high in taken:
+            if high < start or low > last:
+                continue
+            if low > start:
+                left.append((start, low - 1))
+            start = max(start, high + 1)
+        if start <= last:
+            left.append((start, last))
+    return left
+
+
+class Anchors:
+    """Looks after the markets whose head was missing, until none is left."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        ledgers: Sequence[Ledger],
+        venues: Mapping[str, Venue],
+        settings: Settings,
+    ) -> None:
+        self._redis = redis
+        self._ledgers = ledgers
+        self._venues = venues
+        self._settings = settings
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop`; the servers' errors never leave here."""
+        backoff = Backoff(first=0.5, most=15.0)
+        while not stop.is_set():
+            delay = POLL_SECONDS
+            try:
+                await self._step()
+                backoff.reset()
+            except (RedisError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                if backoff.failures == 0:
+                    logger.warning("what was recorded before is not known yet: {}", error)
+                delay = backoff.next_delay()
+            except (RestError, BadFrameError) as error:
+                logger.warning("where the record should begin is not known yet: {}", error)
+                delay = backoff.next_delay()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), delay)
+
+    async def _step(self) -> None:
+        firsts = await self._redis.hmget(UNANCHORED, [ledger.field for ledger in self._ledgers])
+        pending = [
+            (ledger, int(first))
+            for ledger, first in zip(self._ledgers, firsts, strict=True)
+            if first is not None
+        ]
+        if not pending:
+            return
+        connection = await connect_postgres(self._settings, command_timeout=300)
+        try:
+            for ledger, first in pending:
+                await self._anchor(connection, ledger, first)
+        finally:
+            await connection.close(timeout=5)
+
+    async def _anchor(self, connection: asyncpg.Connection, ledger: Ledger, first: int) -> None:
+        market = (ledger.market.exchange, ledger.market.symbol)
+        found = await connection.fetch(_MISSING, *market, first)
+        explained = await connection.fetch(_EXPLAINED, *market)
+        holes = subtract(
+            [(row["first"], row["last"]) for row in found],
+            [(row["from_id"], row["to_id"]) for row in explained],
+        )
+        if not found and not await connection.fetchval(
+            "SELECT EXISTS (SELECT FROM trades WHERE market_id = market($1, $2))", *market
+        ):
+            holes = await self._wanted_history(ledger, first)
+        await ledger.reopen(holes)
+        await self._redis.hdel(UNANCHORED, ledger.field)
+        if holes:
+            count = sum(last - low + 1 for low, last in holes)
+            logger.info("{}: {} trades before {} are fetched", ledger.field, count, first)
+
+    async def _wanted_history(self, ledger: Ledger, first: int) -> list[tuple[int, int]]:
+        """Find the range of ids that BACKFILL_HOURS asks for at a market's first start."""
+        hours = self._settings.backfill_hours
+        if hours == 0:
+            return []
+        venue = self._venues[ledger.market.exchange]
+        symbol = ledger.market.symbol
+        since = now_micros() - int(hours * 3600 * MICROS_PER_SECOND)
+        request = venue.exchange.aggregates_request(symbol, since, since + 3600 * MICROS_PER_SECOND)
+        body = await venue.rest.get(request, Priority.BACKFILL)
+        trades = venue.exchange.read_aggregates(symbol, body, now_micros())
+        return [(trades[0].first_id, first - 1)] if trades and trades[0].first_id < first else []

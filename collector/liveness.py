@@ -1,0 +1,97 @@
+"""A silent market is asked about, not guessed at.
+
+Silence on a socket is no fault: the recordings hold 43 s of it. So the newest trade id is asked
+for over REST; ids that the socket did not bring become holes, and its socket is replaced.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Final
+
+from loguru import logger
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from collector.backfill import Venue
+from sluice.budget import Priority
+from sluice.clock import now_micros
+from sluice.exchanges.base import BadFrameError
+from sluice.queue import HEADS, RecordQueue, Segment, head_field
+from sluice.rest import RestError
+from sluice.settings import Market
+
+SILENCE_SECONDS: Final = 60.0
+POLL_SECONDS: Final = 5.0
+MOST_ASKS: Final = 4
+"""Markets asked about at a time: a whole venue that falls silent must not empty the budget."""
+
+
+class Liveness:
+    """Asks about markets whose trades have been silent for long.
+
+    `last_seen` is when each market's last trade was read (monotonic seconds), kept by the reader;
+    `renew` replaces the socket of a market.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        venues: Mapping[str, Venue],
+        last_seen: dict[Market, float],
+        renew: Callable[[Market, str], None],
+    ) -> None:
+        self.stalls = 0
+        self._redis = redis
+        self._venues = venues
+        self._last_seen = last_seen
+        self._renew = renew
+        self._asked: dict[Market, float] = {}
+        self._queue = RecordQueue(redis, "trade")
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Look every few seconds until `stop`; errors of servers never leave here."""
+        while not stop.is_set():
+            now = time.monotonic()
+            quiet = [
+                market
+                for market, seen in self._last_seen.items()
+                if now - max(seen, self._asked.get(market, 0.0)) >= SILENCE_SECONDS
+            ]
+            for market in sorted(quiet, key=self._last_seen.__getitem__)[:MOST_ASKS]:
+                self._asked[market] = now
+                try:
+                    await self._ask(market)
+                except (RestError, BadFrameError, RedisError, OSError) as error:
+                    logger.warning("{}: silent, and not known whether rightly: {}", market, error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), POLL_SECONDS)
+
+    async def _ask(self, market: Market) -> None:
+        venue = self._venues[market.exchange]
+        silent_since = self._last_seen[market]
+        body = await venue.rest.get(
+            venue.exchange.last_trade_request(market.symbol), Priority.BACKFILL
+        )
+        trades = venue.exchange.read_trades(market.symbol, body, now_micros())
+        if not trades:
+            return
+        newest = trades[-1].trade_id
+        stream = head_field(market.exchange, market.symbol, "trade")
+        head = await self._redis.hget(HEADS, stream)
+        if head is not None and int(head) >= newest:
+            return
+        if self._last_seen[market] > silent_since:
+            return  # the socket spoke while we asked
+        self.stalls += 1
+        logger.warning(
+            "{}: the socket has been silent for {:.0f} s but the venue is at trade {}, we at {}; "
+            "what is missing is fetched and the socket replaced",
+            market,
+            time.monotonic() - silent_since,
+            newest,
+            int(head) if head is not None else "none",
+        )
+        await self._queue.push([], [Segment(stream, newest + 1, newest)])
+        self._renew(market, f"{market} is silent")

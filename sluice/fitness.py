@@ -1,0 +1,51 @@
+"""What a server must be like before data is trusted to it."""
+
+import asyncio
+
+from loguru import logger
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from sluice.backoff import Backoff
+from sluice.metrics import Health
+from sluice.settings import BadSettingsError
+
+LEAST_REDIS = 7
+
+
+async def redis_is_fit(redis: Redis, health: Health) -> None:
+    """Wait until Redis answers, and return once it is one that loses nothing.
+
+    Not ready until then. A Redis that is away is waited for, with one line.
+
+    Raises:
+        BadSettingsError: it is too old, or its maxmemory-policy throws records away.
+    """
+    health.wait_for("redis", "not reached yet")
+    backoff = Backoff(first=0.2, most=5.0)
+    while True:
+        try:
+            server = await redis.info("server")
+            memory = await redis.info("memory")
+            persistence = await redis.info("persistence")
+            break
+        except (RedisError, OSError) as error:
+            if backoff.failures == 0:
+                logger.warning("Redis does not answer ({}); waiting for it", error)
+            health.wait_for("redis", str(error))
+            await asyncio.sleep(backoff.next_delay())
+    version = str(server["redis_version"])
+    if int(version.split(".", maxsplit=1)[0]) < LEAST_REDIS:
+        raise BadSettingsError(f"REDIS_HOST: Redis {version} is too old; {LEAST_REDIS} is needed")
+    policy = memory["maxmemory_policy"]
+    if policy != "noeviction":
+        raise BadSettingsError(
+            f"REDIS_HOST: its maxmemory-policy is {policy}, which throws queued records away when "
+            "memory is short; set it to noeviction"
+        )
+    if not persistence["aof_enabled"]:
+        logger.warning(
+            "Redis keeps no append-only file: when it restarts, what is queued is lost and must "
+            "be fetched again; set appendonly yes"
+        )
+    health.ready("redis")

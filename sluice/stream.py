@@ -1,0 +1,333 @@
+"""Sockets to a venue that stay open: reconnected with patience, renewed before they are cut.
+
+The reading loop waits for nothing but the socket. What it reads goes to a callback that must not
+wait either; who needs Redis puts the record aside and has another task push it.
+"""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from loguru import logger
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, WebSocketException
+
+from sluice.backoff import Backoff
+from sluice.clock import MICROS_PER_SECOND, now_micros
+from sluice.exchanges import Exchange
+
+OnFrame = Callable[["Stream", bytes, int], None]
+"""Takes its stream, a frame, and the time it was read (microseconds); must not wait or raise."""
+
+CHANNELS_IN_PATH: Final = 200
+"""More channels than this are subscribed to by message: addresses have a limit too."""
+HEALTHY_SECONDS: Final = 60.0
+"""How long a socket must have brought data before the delays begin anew."""
+SILENCE_SECONDS: Final = 30.0
+"""After how long without a frame the peer is asked whether it is there."""
+ANSWER_SECONDS: Final = 10.0
+RENEWAL_SECONDS: Final = 60.0
+"""How long a replacement may take to bring its first frame."""
+SHARE_OF_CONNECTS: Final = 4
+"""The venue counts by address; each process keeps to this part of its limit on new sockets."""
+MAX_FRAME: Final = 8 * 2**20
+
+
+class ConnectGate:
+    """Keeps a process within its share of the sockets a venue lets one address open."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        most, self._window = exchange.connects_per_window
+        self._most = max(1, most // SHARE_OF_CONNECTS)
+        self._opened: deque[float] = deque()
+
+    async def pass_through(self) -> None:
+        """Wait until one more socket may be opened."""
+        while True:
+            now = time.monotonic()
+            while self._opened and self._opened[0] <= now - self._window:
+                self._opened.popleft()
+            if len(self._opened) < self._most:
+                self._opened.append(now)
+                return
+            await asyncio.sleep(self._opened[0] + self._window - now)
+
+
+@dataclass
+class StreamCounts:
+    """What a stream has seen since it began."""
+
+    frames: int = 0
+    bytes: int = 0
+    connects: int = 0
+    disconnects: Counter[str] = field(default_factory=Counter)
+    """By reason: a close code, `no answer`, or what connecting failed with."""
+    last_frame: float | None = None
+    """When the last frame was read, seconds since the epoch."""
+
+
+@dataclass(eq=False)
+class _Session:
+    """One open socket and the task that reads it."""
+
+    socket: ClientConnection
+    opened: float = field(default_factory=time.monotonic)
+    frames: int = 0
+    last: float = field(default_factory=time.monotonic)
+    has_data: asyncio.Event = field(default_factory=asyncio.Event)
+    reader: asyncio.Task[str] | None = None
+
+    @property
+    def was_healthy(self) -> bool:
+        return self.frames > 0 and self.last - self.opened >= HEALTHY_SECONDS
+
+
+class Stream:
+    """A set of channels of one venue on one socket, kept open until it is told to stop.
+
+    `on_disconnected` is called when no socket is left, with the reason; `on_connected` when one is
+    there again. `on_progress` is called whenever the peer was heard or an attempt ended.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        base_url: str,
+        channels: Sequence[str],
+        on_frame: OnFrame,
+        *,
+        gate: ConnectGate,
+        on_connected: Callable[[], None] = lambda: None,
+        on_disconnected: Callable[[str], None] = lambda _: None,
+        on_progress: Callable[[], None] = lambda: None,
+        proxy: str | None = None,
+        name: str = "",
+    ) -> None:
+        self.counts = StreamCounts()
+        self.name = name or exchange.name
+        self._exchange = exchange
+        self._base_url = base_url.rstrip("/")
+        self._channels = list(channels)
+        self._on_frame = on_frame
+        self._gate = gate
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
+        self._on_progress = on_progress
+        self._proxy = proxy
+        self._session: _Session | None = None
+        self._renew = asyncio.Event()
+        self._renew_reason = ""
+        self._request_id = 0
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a socket is open."""
+        return self._session is not None
+
+    @property
+    def channels(self) -> list[str]:
+        """The channels it carries, or will after the renewal under way."""
+        return list(self._channels)
+
+    def renew(self, reason: str, channels: Sequence[str] | None = None) -> None:
+        """Open another socket, see data on it, then close this one; with other channels if given.
+
+        Without an open socket only the channels change.
+        """
+        if channels is not None:
+            self._channels = list(channels)
+        self._renew_reason = reason
+        self._renew.set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Keep the socket open until `stop`; connection errors never leave here."""
+        backoff = Backoff(first=0.5, most=15.0)
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            while not stop.is_set():
+                session = await self._until(stopping, self._open())
+                if session is not None:
+                    session = await self._serve(session, stopping)
+                    if session.was_healthy:
+                        backoff.reset()
+                self._on_progress()
+                if not stop.is_set():
+                    delay = backoff.next_delay()
+                    await asyncio.wait([stopping], timeout=delay)
+        finally:
+            stopping.cancel()
+
+    async def _until(
+        self, stopping: "asyncio.Task[bool]", work: Awaitable[_Session | None]
+    ) -> _Session | None:
+        """Await the work, but give it up when the stop comes first."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return None
+        return task.result()
+
+    async def _open(self) -> _Session | None:
+        """Open one socket with all channels and begin to read it; None where it failed."""
+        await self._gate.pass_through()
+        in_path, rest = self._channels[:CHANNELS_IN_PATH], self._channels[CHANNELS_IN_PATH:]
+        try:
+            socket = await connect(
+                self._base_url + self._exchange.socket_path(in_path),
+                open_timeout=10,
+                close_timeout=1,
+                ping_interval=20,
+                ping_timeout=20,
+                compression=None,
+                max_size=MAX_FRAME,
+                max_queue=4096,
+                proxy=self._proxy,
+            )
+        except (OSError, WebSocketException) as error:
+            reason = f"{type(error).__name__}: {error}".rstrip(": ")
+            self.counts.disconnects["not connected"] += 1
+            logger.warning("{}: no socket ({}); trying again", self.name, reason)
+            return None
+        session = _Session(socket)
+        session.reader = asyncio.create_task(self._read(session))
+        self.counts.connects += 1
+        try:
+            await self._subscribe(session, rest)
+        except ConnectionClosed:
+            pass  # the reader says why
+        except asyncio.CancelledError:
+            await self._close(session)
+            raise
+        return session
+
+    async def _subscribe(self, session: _Session, channels: Sequence[str]) -> None:
+        for start in range(0, len(channels), CHANNELS_IN_PATH):
+            await asyncio.sleep(1 / self._exchange.controls_per_second)
+            self._request_id += 1
+            part = channels[start : start + CHANNELS_IN_PATH]
+            await session.socket.send(self._exchange.subscribe(part, self._request_id))
+
+    async def _read(self, session: _Session) -> str:
+        """Hand every frame on; gives the reason the socket ended."""
+        receive, on_frame, counts = session.socket.recv, self._on_frame, self.counts
+        try:
+            while True:
+                frame = await receive(decode=False)
+                ts_recv = now_micros()
+                session.frames += 1
+                session.last = time.monotonic()
+                counts.frames += 1
+                counts.bytes += len(frame)
+                counts.last_frame = ts_recv / MICROS_PER_SECOND
+                session.has_data.set()
+                on_frame(self, frame, ts_recv)
+        except ConnectionClosed as error:
+            if error.rcvd is None and error.sent is None:
+                return "cut off"
+            close = error.rcvd or error.sent
+            return f"closed {close.code}" if close else "cut off"
+
+    async def _serve(self, session: _Session, stopping: "asyncio.Task[bool]") -> _Session:
+        """Keep a session until it ends or the stop comes; gives the last one there was.
+
+        Renewals replace it in between: the new socket must have brought data before the old one is
+        closed, so nothing is missed and what comes twice is dropped by its key.
+        """
+        self._session = session
+        self._on_connected()
+        renew_at = session.opened + self._exchange.socket_lifetime * 0.9
+        reason = "stopped"
+        while not stopping.done():
+            renewing = asyncio.create_task(self._renew.wait())
+            assert session.reader is not None  # noqa: S101  # every session is opened with one
+            await asyncio.wait(
+                [session.reader, stopping, renewing],
+                timeout=5.0,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            renewing.cancel()
+            if session.reader.done():
+                reason = session.reader.result()
+                break
+            if stopping.done():
+                break
+            if self._renew.is_set() or time.monotonic() >= renew_at:
+                session, replaced = await self._replace(session, stopping)
+                self._session = session
+                renew_at = time.monotonic() + (
+                    self._exchange.socket_lifetime * 0.9 if replaced else RENEWAL_SECONDS
+                )
+            elif not await self._answers(session, stopping):
+                reason = "no answer"
+                break
+        await self._close(session)
+        self._session = None
+        if reason != "stopped":
+            self.counts.disconnects[reason] += 1
+            logger.warning("{}: the socket ended: {}; opening another", self.name, reason)
+        self._on_disconnected(reason)
+        return session
+
+    async def _replace(
+        self, old: _Session, stopping: "asyncio.Task[bool]"
+    ) -> tuple[_Session, bool]:
+        """Open another socket and close the old one once the new one has brought data."""
+        self._renew.clear()
+        logger.info("{}: renewing the socket ({})", self.name, self._renew_reason or "its age")
+        self._renew_reason = ""
+        new = await self._until(stopping, self._open())
+        if new is None:
+            return old, False
+        has_data = asyncio.create_task(new.has_data.wait())
+        await asyncio.wait(
+            [has_data, stopping], timeout=RENEWAL_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        has_data.cancel()
+        assert new.reader is not None  # noqa: S101  # every session is opened with one
+        if new.reader.done():
+            await self._close(new)
+            return old, False
+        await self._close(old)
+        self._on_progress()
+        return new, True
+
+    async def _answers(self, session: _Session, stopping: "asyncio.Task[bool]") -> bool:
+        """Tell whether the peer is there: frames come, or it answers a question."""
+        heard = session.frames
+        if time.monotonic() - session.last < SILENCE_SECONDS:
+            if heard:
+                self._on_progress()
+            return True
+        self._request_id += 1
+        try:
+            await session.socket.send(self._exchange.list_subscriptions(self._request_id))
+        except ConnectionClosed:
+            return True  # the reader says why
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while session.frames == heard and time.monotonic() < deadline:
+            assert session.reader is not None  # noqa: S101  # every session is opened with one
+            await asyncio.wait([session.reader, stopping], timeout=0.1)
+            if session.reader.done() or stopping.done():
+                return True
+        if session.frames > heard:
+            self._on_progress()
+            return True
+        return False
+
+    async def _close(self, session: _Session) -> None:
+        with suppress(OSError, WebSocketException):
+            await session.socket.close()
+        if session.reader is not None:
+            # What had arrived before the close is still read.
+            await asyncio.gather(session.reader, return_exceptions=True)
+
+
+def split(channels: Sequence[str], size: int) -> list[list[str]]:
+    """Divide channels over as many sockets as they need."""
+    return [list(channels[start : start + size]) for start in range(0, len(channels), size)]
