@@ -155,7 +155,7 @@ class BarSeries:
             opened = open_time(self.interval, max(start, first), self.offset)
             if opened < start:
                 opened = next_open(self.interval, opened, self.offset)
-        bars = []
+        bars: list[Bar] = []
         while opened <= last and len(bars) < limit:
             if bar := self.at(opened):
                 bars.append(bar)

@@ -22,11 +22,13 @@ from sluice.simulator.faults import CONNECTION, CONTROL, Faults, Order
 from sluice.simulator.frames import Opcode, close, frame
 from sluice.simulator.hub import Hub
 
+GOOD_BYE = 1000
 POLICY_VIOLATION = 1008
 GOING_AWAY = 1001
 _CLOSE_TIMEOUT = 2.0  # seconds given to the client to answer a close frame
 _SLOW_PERIOD = 0.05
 _SILENT = frozenset({"acked_but_silent"})
+_ENDED = frozenset({WSMsgType.CLOSED, WSMsgType.CLOSING, WSMsgType.ERROR})
 _METHODS = ("SUBSCRIBE", "UNSUBSCRIBE", "LIST_SUBSCRIPTIONS", "SET_PROPERTY", "GET_PROPERTY")
 _ID = re.compile(r"[A-Za-z0-9]{1,36}\Z")
 
@@ -193,7 +195,7 @@ class Connection:
                 self._is_closing = True
                 self._later(0.05, self._transport.close)
             case "close":
-                detail["code"] = code = int(order.number("code", 1000))
+                detail["code"] = code = int(order.number("code", GOOD_BYE))
                 self.close(code, "")
             case "stall":
                 self._is_stalled = True
@@ -218,9 +220,7 @@ class Connection:
 
     async def run(self, ws: web.WebSocketResponse, streams: list[str]) -> None:
         """Serve until one side ends; `streams` are those named in the address."""
-        if streams and self._faults.draw(_SILENT, *streams):
-            self._is_stalled = True
-            self._faults.record("acked_but_silent", connection=self.number)
+        self._silence(streams)
         for stream in streams:
             self._subscribe(stream)
         if len(self.streams) > self._config.max_streams:
@@ -235,21 +235,27 @@ class Connection:
         try:
             while not self._transport.is_closing():
                 message = await ws.receive()
+                if message.type in _ENDED:
+                    return
                 if self._is_half_open:
-                    if message.type in {WSMsgType.CLOSED, WSMsgType.CLOSING, WSMsgType.ERROR}:
-                        return
                     continue
                 if message.type is WSMsgType.CLOSE:
-                    if not self._is_closing:
-                        self._write(close(int(message.data or 1000)))
-                        self._is_closing = True
-                    self._flush()
-                    return
-                if message.type in {WSMsgType.CLOSED, WSMsgType.CLOSING, WSMsgType.ERROR}:
+                    self._answer_close(int(message.data or GOOD_BYE))
                     return
                 self._receive(message.type, message.data)
         finally:
             self.release()
+
+    def _answer_close(self, code: int) -> None:
+        if not self._is_closing:
+            self._write(close(code))
+            self._is_closing = True
+        self._flush()
+
+    def _silence(self, streams: list[str]) -> None:
+        if streams and self._faults.draw(_SILENT, *streams):
+            self._is_stalled = True
+            self._faults.record("acked_but_silent", connection=self.number, streams=streams)
 
     def _each_second(self) -> None:
         if self._faults.is_armed and (order := self._faults.draw(CONNECTION, *self.streams)):
@@ -324,19 +330,7 @@ class Connection:
     def _perform(self, request: dict[str, object]) -> object:
         match request["method"]:
             case "SUBSCRIBE":
-                names = _names(request)
-                if self._config.are_unknown_symbols_refused:
-                    for name in names:
-                        if not self._is_known(name):
-                            raise _RefusedError(2, "Invalid request: unknown stream", data=name)
-                if len(self.streams | dict.fromkeys(names)) > self._config.max_streams:
-                    self.close(POLICY_VIOLATION, "Too many streams")
-                    return None
-                if self._faults.draw(_SILENT, *names):
-                    self._is_stalled = True
-                    self._faults.record("acked_but_silent", connection=self.number, streams=names)
-                for name in names:
-                    self._subscribe(name)
+                self._subscribe_all(_names(request))
             case "UNSUBSCRIBE":
                 for name in _names(request):
                     self.streams.pop(name, None)
@@ -352,6 +346,18 @@ class Connection:
                     raise _RefusedError(1, "Invalid value type: expected Boolean")
                 self.is_combined = value
         return None
+
+    def _subscribe_all(self, names: list[str]) -> None:
+        if self._config.are_unknown_symbols_refused:
+            for name in names:
+                if not self._is_known(name):
+                    raise _RefusedError(2, "Invalid request: unknown stream", data=name)
+        if len(self.streams | dict.fromkeys(names)) > self._config.max_streams:
+            self.close(POLICY_VIOLATION, "Too many streams")
+            return
+        self._silence(names)
+        for name in names:
+            self._subscribe(name)
 
     def _subscribe(self, stream: str) -> None:
         self.streams[stream] = None
@@ -389,9 +395,8 @@ def _request_id(request: dict[str, object]) -> object:
     request_id = request.get("id")
     if request_id is None or (isinstance(request_id, str) and _ID.match(request_id)):
         return request_id
-    if isinstance(request_id, int) and not isinstance(request_id, bool):
-        if -(1 << 63) <= request_id < 1 << 63:
-            return request_id
+    if isinstance(request_id, int) and request_id.bit_length() < 64:  # noqa: PLR2004 - int64
+        return request_id
     raise _RefusedError(2, "Invalid request: request ID must be an unsigned integer")
 
 

@@ -1,7 +1,8 @@
 """The control port, for tests: `/control/...` on the simulator's own address.
 
 GET `status`, `truth?symbol=`, `trades?symbol=&from=&limit=`, `book?symbol=&update_id=&limit=`,
-`faults`; POST (JSON bodies) `faults`, `rates`, `quiet`, `source`, `rate`, `hide`, `skew`, `pardon`.
+`requests`, `faults`; POST with JSON bodies `faults`, `rates`, `quiet`, `source`, `rate`,
+`hide`, `skew`, `pardon`.
 """
 
 import json
@@ -34,6 +35,7 @@ class Control:
             web.get("/control/truth", self._truth),
             web.get("/control/trades", self._trades),
             web.get("/control/book", self._book),
+            web.get("/control/requests", self._requests),
             web.get("/control/faults", self._faults),
             web.post("/control/faults", self._arm),
             web.post("/control/rates", self._rates),
@@ -115,6 +117,10 @@ class Control:
         most = max(len(book.bids), len(book.asks), 1)
         body = payloads.snapshot(book, int(request.query.get("limit", most)))
         return web.Response(body=body, content_type="application/json")
+
+    async def _requests(self, _: web.Request) -> web.Response:
+        """`[[time, path, status], ..]`: the REST requests that were answered."""
+        return web.json_response(self._simulator.truth.requests)
 
     async def _faults(self, _: web.Request) -> web.Response:
         """What was injected, what is armed, and how often each kind happened."""

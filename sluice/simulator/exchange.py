@@ -3,8 +3,9 @@
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Mapping
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from sluice.simulator.config import SimulatorConfig
 from sluice.simulator.faults import Faults
@@ -12,6 +13,16 @@ from sluice.simulator.feed import Feed
 from sluice.simulator.hub import Hub
 from sluice.simulator.market import Instrument
 from sluice.simulator.tape import Tape
+
+REQUESTS = 10_000  # answered requests that are remembered
+
+
+class Request(NamedTuple):
+    """A REST request that was answered, at `time` (exchange time, milliseconds)."""
+
+    time: int
+    path: str
+    status: int
 
 
 class Exchange:
@@ -25,6 +36,7 @@ class Exchange:
         self.faults = Faults(config.fault_seed, config.fault_rates, now=self.now, log=self.log)
         self.hub = Hub(self.faults)
         self.hidden: dict[str, set[int]] = {}  # trade ids by symbol that REST does not serve
+        self.requests: deque[Request] = deque(maxlen=REQUESTS)
         self.skew = 0  # milliseconds between the printed clock and the true one
         self.rate = config.rate
         self.is_running = asyncio.Event()

@@ -93,36 +93,36 @@ class Hub:
         elif b'"depthUpdate"' in payload:
             update = json.loads(payload)
             detail["update_ids"] = [update["U"], update["u"]]
+        if kind in LOSING:
+            self._send_damaged(kind, stream, payload)
+        else:
+            self._send_oddly(kind, stream, payload)
+        self._faults.record(kind, **detail)
+
+    def _send_oddly(self, kind: str, stream: str, payload: bytes) -> None:
         match kind:
-            case "drop":
-                pass
             case "duplicate":
-                self._send(stream, payload)
                 self._send(stream, payload)
             case "reorder":
                 self._held[stream] = payload
+                return
             case "unknown_event":
                 self._send(stream, b'{"e":"somethingNew","E":1,"x":[{"y":null}]}')
-                self._send(stream, payload)
-            case "extra_fields":
-                self._send(stream, payload[:-1] + b',"Zz":{"new":[1,2,3]},"zz":"field"}')
             case "empty_frame":
                 self._send_raw(stream, frame(b""))
-                self._send(stream, payload)
-            case "binary":
-                self._send_raw(stream, frame(payload, Opcode.BINARY))
-            case _:
-                self._send_damaged(kind, stream, payload)
-        self._faults.record(kind, **detail)
+            case _ if payload.endswith(b"}"):
+                payload = payload[:-1] + b',"Zz":{"new":[1,2,3]},"zz":"field"}'
+        self._send(stream, payload)
 
     def _send_damaged(self, kind: str, stream: str, payload: bytes) -> None:
+        wrapped = _wrap(stream, payload)
         match kind:
             case "truncate":
-                wrapped = _wrap(stream, payload)
                 self._send_raw(stream, frame(wrapped[: len(wrapped) // 2]))
             case "bad_utf8":
-                wrapped = _wrap(stream, payload)
                 self._send_raw(stream, frame(wrapped[:-4] + b"\xff\xfe\xc0" + wrapped[-4:]))
+            case "binary":
+                self._send_raw(stream, frame(b"\x00\x01" + wrapped, Opcode.BINARY))
             case "wrong_type":
                 self._send(stream, _rewrite(payload, {"p": 1.5, "t": "x", "b": {}, "u": None}))
             case "nan":
@@ -130,9 +130,11 @@ class Hub:
             case "huge":
                 digits = "9" * HUGE_DIGITS
                 self._send(stream, _rewrite(payload, {"p": digits, "b": [[digits, "1"]]}))
-            case _:
+            case "deep":
                 nest = b"[" * DEEP_LEVELS + b"]" * DEEP_LEVELS
                 self._send(stream, payload[:-1] + b',"p":' + nest + b"}")
+            case _:
+                pass  # dropped
 
     def _send(self, stream: str, payload: bytes) -> None:
         made: dict[tuple[bool, bool], bytes] = {}

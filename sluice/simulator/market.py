@@ -18,7 +18,9 @@ NOTIONAL = 500  # mean size of an order in quote units
 RESTING = 300  # orders a side the flow returns to
 REPLENISH = 20.0  # maker orders a second even where nobody trades
 MAKERS_PER_TRADE = 1.5
-VOLATILITY = 1e-5  # standard deviation of one step of the fair price, relative
+AGAINST = 0.2  # share of takers that trade against a fair price outside the spread
+LIMITED = 0.3  # share of takers that name a limit, at which the rest of their order rests
+VOLATILITY = 3e-5  # standard deviation of one step of the fair price, relative
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,23 +258,31 @@ class Market:
             is_bid = self._random.random() * (bids + asks) >= bids
             change = self._add_maker(is_bid=is_bid)
         else:
-            order = self.book.nth(int(self._random.random() * len(self.book)))
-            was_bid, price = self.book.cancel(order)
+            was_bid, price = self.book.cancel(self._regretted())
             change = self._level(was_bid, price)
         return Step(time_us, self._last_order, False, [], [change])  # noqa: FBT003 - no trade here
+
+    def _regretted(self) -> int:
+        """Choose an order to cancel: one that the fair price has run over, or any."""
+        for side in (self.book.bids, self.book.asks):
+            best = side.best()
+            if best is not None and (best - self._fair) * side.sign > 0:
+                return next(reversed(side.orders[best]))
+        return self.book.nth(int(self._random.random() * len(self.book)))
 
     def _taker(self, time_us: int) -> Step:
         draw = self._random
         self._fair = max(50.0, self._fair * math.exp(draw.gauss(0.0, VOLATILITY)))
         best_bid, best_ask = self.book.bids.best(), self.book.asks.best()
-        is_buy = draw.random() < 0.5
+        buying = 0.5
         if best_ask is not None and self._fair > best_ask:
-            is_buy = draw.random() < 0.8
+            buying = 1 - AGAINST
         elif best_bid is not None and self._fair < best_bid:
-            is_buy = draw.random() < 0.2
+            buying = AGAINST
+        is_buy = draw.random() < buying
         facing = best_ask if is_buy else best_bid
         limit = None
-        if facing is not None and draw.random() < 0.3:
+        if facing is not None and draw.random() < LIMITED:
             limit = max(1, facing + (2 if is_buy else -2))
         self._last_order += 1
         matched, _ = self.book.take(self._last_order, is_buy=is_buy, lots=self._size(), limit=limit)

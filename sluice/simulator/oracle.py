@@ -28,7 +28,7 @@ class SymbolOracle:
         self._trades: list[tuple[int, Decimal, Decimal, int, bool]] = []
         self._sides: dict[str, dict[Decimal, Decimal]] = {}
         self._snapshot_id = 0
-        self._buffered: list[dict[str, list[tuple[str, str]]]] = []
+        self._buffered: list[dict[str, object]] = []
         self._diffs = self._applied = self._last_id = self._last_time = 0
 
     def take(self, stream: str, payload: bytes) -> None:

@@ -190,7 +190,7 @@ class Window:
 
 
 def mini_ticker(window: Window) -> bytes:
-    """`{"e":"24hrMiniTicker","E":..,"s":"..","c":"..","o":"..","h":"..","l":"..","v":"..","q":".."}`."""  # noqa: E501 - the payload as printed
+    """`{"e":"24hrMiniTicker","E":..,"s":"..","c":"..","o":"..","h":"..","l":"..",..}`."""
     return (
         f'{{"e":"24hrMiniTicker","E":{window.closed_at},"s":"{window.tape.symbol}",'
         f'"c":"{text(window.close)}","o":"{text(window.open)}","h":"{text(window.high)}",'

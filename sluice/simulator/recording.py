@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sluice.simulator.exchange import Exchange
-from sluice.simulator.feed import Feed
 from sluice.simulator.fixed import parse
 from sluice.simulator.market import Change, instrument
 from sluice.simulator.tape import Levels, Trade
@@ -206,7 +205,7 @@ class RecordingSource:
 
     async def _drained(self) -> None:
         await asyncio.sleep(0)
-        while self._exchange.hub.backlog() > HIGH_WATER:
+        while self._exchange.hub.backlog() > HIGH_WATER:  # noqa: ASYNC110 - sockets do not tell
             await asyncio.sleep(0.002)
 
 

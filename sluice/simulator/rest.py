@@ -3,17 +3,17 @@
 import asyncio
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import islice
 
 from aiohttp import web
 
 from sluice.simulator import payloads
 from sluice.simulator.bars import INTERVALS, MINUTE, next_open
-from sluice.simulator.exchange import Exchange
+from sluice.simulator.exchange import Exchange, Request
 from sluice.simulator.faults import REST, Order
 from sluice.simulator.fixed import text
-from sluice.simulator.limits import BANNED, TOO_MUCH, WeightLimiter
+from sluice.simulator.limits import TOO_MUCH, WeightLimiter
 from sluice.simulator.market import Instrument
 from sluice.simulator.tape import AggTrade, Levels, Tape, Trade
 
@@ -22,23 +22,37 @@ MAX_ROWS = 1_000
 DEFAULT_LEVELS = 100
 MAX_LEVELS = 5_000
 _DEPTH_WEIGHTS = ((100, 5), (500, 25), (1_000, 50), (MAX_LEVELS, 250))
+_ALL = 1 << 30
+_TICKER_WEIGHTS = ((20, 2), (100, 40), (_ALL, 80))
 _HTML = "<html><head><title>403 Forbidden</title></head><body>Request blocked.</body></html>"
 _TIME_KEYS = frozenset({"time", "T", "serverTime", "openTime", "closeTime"})
 _KLINE_FIELDS = 12
 _MAX_MILLISECONDS = 10**14
-_FLAT_STATUSES = {
-    "rest_403": 403,
-    "rest_451": 451,
-    "rest_500": 500,
-    "rest_502": 502,
-    "rest_503": 503,
-    "rest_504": 504,
-}
-_BODIES = {
-    "rest_451": (0, "Service unavailable from a restricted location"),
-    "rest_500": (-1000, "An unknown error occurred while processing the request."),
-    "rest_503": (-1008, "Server is currently overloaded with other requests."),
-    "rest_504": (-1007, "Timeout waiting for response from backend server."),
+_ANSWERS = {  # faults that are a whole answer: status, content type, body
+    "rest_403": (403, "text/html", _HTML),
+    "rest_451": (
+        451,
+        "application/json",
+        '{"code":0,"msg":"Service unavailable from a restricted location"}',
+    ),
+    "rest_500": (
+        500,
+        "application/json",
+        '{"code":-1000,"msg":"An unknown error occurred while processing the request."}',
+    ),
+    "rest_502": (502, "text/html", "<html><body>502 Bad Gateway</body></html>"),
+    "rest_503": (
+        503,
+        "application/json",
+        '{"code":-1008,"msg":"Server is currently overloaded with other requests."}',
+    ),
+    "rest_504": (
+        504,
+        "application/json",
+        '{"code":-1007,"msg":"Timeout waiting for response from backend server."}',
+    ),
+    "rest_html": (200, "text/html", _HTML),
+    "rest_empty": (200, "application/json", ""),
 }
 
 
@@ -84,6 +98,9 @@ class Rest:
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             response = await self._respond(name, answer, request)
+            self._exchange.requests.append(
+                Request(self._exchange.now(), request.path_qs, response.status)
+            )
             self._exchange.log(
                 "rest",
                 path=request.path_qs,
@@ -149,38 +166,32 @@ class Rest:
     ) -> web.StreamResponse | None:
         """Answer with the fault; None where the fault is in the body of a good answer."""
         record = self._exchange.faults.record
-        kind = order.kind
-        if kind in {"rest_429", "rest_418"}:
-            after = int(order.number("seconds", 2))
-            record(kind, target=target, retry_after=after)
-            message = TOO_MUCH.format(limit=self._exchange.config.max_weight)
-            if kind == "rest_418":
-                limiter.ban(after)
-                message = BANNED.format(until=self._exchange.true_now() + after * 1000)
-            body: object = {"code": -1003, "msg": message}
-            return self._print(limiter, body, int(kind[-3:]), {"Retry-After": str(after)})
-        if kind in _FLAT_STATUSES:
-            record(kind, target=target)
-            if kind in _BODIES:
-                code, message = _BODIES[kind]
-                return self._print(limiter, {"code": code, "msg": message}, _FLAT_STATUSES[kind])
-            return web.Response(text=_HTML, status=_FLAT_STATUSES[kind], content_type="text/html")
-        if kind == "rest_html":
-            record(kind, target=target)
-            return web.Response(text=_HTML, content_type="text/html")
-        if kind == "rest_empty":
-            record(kind, target=target)
-            return web.Response(body=b"", content_type="application/json")
-        if kind == "rest_cut":
-            record(kind, target=target)
-            if request.transport is not None:
-                request.transport.abort()
-            return web.Response()
-        if kind == "rest_stall":
-            seconds = order.number("seconds", 10.0)
-            record(kind, target=target, seconds=seconds)
-            await asyncio.sleep(seconds)
+        match order.kind:
+            case "rest_429" | "rest_418":
+                return self._refuse(order, target, limiter)
+            case "rest_cut":
+                record(order.kind, target=target)
+                if request.transport is not None:
+                    request.transport.abort()
+                return web.Response()
+            case "rest_stall":
+                seconds = order.number("seconds", 10.0)
+                record(order.kind, target=target, seconds=seconds)
+                await asyncio.sleep(seconds)
+            case kind if kind in _ANSWERS:
+                record(kind, target=target)
+                status, content_type, body = _ANSWERS[kind]
+                return web.Response(text=body, status=status, content_type=content_type)
         return None
+
+    def _refuse(self, order: Order, target: str, limiter: WeightLimiter) -> web.Response:
+        seconds = int(order.number("seconds", 2))
+        self._exchange.faults.record(order.kind, target=target, retry_after=seconds)
+        status, message = 429, TOO_MUCH.format(limit=self._exchange.config.max_weight)
+        if order.kind == "rest_418":
+            status, message = 418, limiter.ban(seconds).message
+        body = {"code": -1003, "msg": message}
+        return self._print(limiter, body, status, {"Retry-After": str(seconds)})
 
     def _fitting(self, name: str, symbol: str) -> frozenset[str]:
         """List the faults that this request can have."""
@@ -252,21 +263,23 @@ class Rest:
 
     def _trades(self, request: web.Request) -> tuple[int, object]:
         tape = self._tape(request)
-        return 25, self._served(tape, tape.trades.newest(_limit(request)))
+        return 25, self._newest(tape, _limit(request))
 
     def _historical_trades(self, request: web.Request) -> tuple[int, object]:
         tape = self._tape(request)
         limit = _limit(request)
         from_id = _number(request, "fromId", -1)
         if from_id < 0:
-            return 25, self._served(tape, tape.trades.newest(limit))
-        hidden = self._exchange.hidden.get(tape.symbol, frozenset())
-        shown = (trade for trade in tape.trades.since(from_id) if trade.id not in hidden)
-        return 25, [payloads.trade_row(trade) for trade in islice(shown, limit)]
+            return 25, self._newest(tape, limit)
+        shown = islice(self._shown(tape, tape.trades.since(from_id)), limit)
+        return 25, [payloads.trade_row(trade) for trade in shown]
 
-    def _served(self, tape: Tape, trades: Iterable[Trade]) -> list[dict[str, object]]:
-        hidden = self._exchange.hidden.get(tape.symbol, frozenset())
-        return [payloads.trade_row(trade) for trade in trades if trade.id not in hidden]
+    def _newest(self, tape: Tape, limit: int) -> list[dict[str, object]]:
+        return [payloads.trade_row(row) for row in self._shown(tape, tape.trades.newest(limit))]
+
+    def _shown(self, tape: Tape, trades: Iterable[Trade]) -> Iterator[Trade]:
+        hidden = self._exchange.hidden.get(tape.symbol, ())
+        return (trade for trade in trades if trade.id not in hidden)
 
     def _agg_trades(self, request: web.Request) -> tuple[int, object]:
         tape = self._tape(request)
@@ -310,8 +323,8 @@ class Rest:
             _ticker_row(payloads.Window(self._exchange.tapes[symbol], now), is_mini=is_mini)
             for symbol in chosen
         ]
-        asked = len(chosen) if {"symbol", "symbols"} & set(request.query) else 101
-        weight = 2 if asked <= 20 else 40 if asked <= 100 else 80
+        asked = len(chosen) if {"symbol", "symbols"} & set(request.query) else _ALL
+        weight = next(weight for most, weight in _TICKER_WEIGHTS if asked <= most)
         return weight, rows[0] if "symbol" in request.query else rows
 
     def _price(self, request: web.Request) -> tuple[int, object]:

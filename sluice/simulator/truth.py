@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
-from sluice.simulator.exchange import Exchange
+from sluice.simulator.exchange import Exchange, Request
 from sluice.simulator.faults import Injection
 from sluice.simulator.tape import Levels, Trade
 
@@ -28,6 +28,11 @@ class Truth:
     def counts(self) -> Mapping[str, int]:
         """How often each fault was injected."""
         return dict(self._exchange.faults.counts)
+
+    @property
+    def requests(self) -> list[Request]:
+        """The REST requests that were answered, the last 10,000."""
+        return list(self._exchange.requests)
 
     def ids(self, symbol: str) -> tuple[int, int] | None:
         """First and last published id, both included; every id between was published."""
