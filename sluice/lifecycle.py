@@ -8,6 +8,7 @@ stored by then is still in Redis, in the spool, or named by a gap.
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import uvloop
 from loguru import logger
 from prometheus_client.core import Metric
 
+from sluice import failpoints
 from sluice.logging import configure_logging
 from sluice.metrics import Health, gauge, serve_metrics
 from sluice.settings import EXIT_BAD_SETTINGS, BadSettingsError, Settings, load, load_or_exit
@@ -70,6 +72,11 @@ def run_service(name: str, service: Service, *, port: int, needs_symbols: bool) 
     Exits with 0 after a stop by signal, 1 after a bug, 2 for bad settings.
     """
     settings = load_or_exit(needs_symbols=needs_symbols)
+    try:
+        failpoints.arm()
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(EXIT_BAD_SETTINGS) from None
     configure_logging(settings.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(_run(name, service, settings, port))

@@ -60,6 +60,10 @@ class Health:
         """Note that `what` is ready."""
         self._waiting.pop(what, None)
 
+    def reasons_for(self, what: str) -> str:
+        """Give why `what` is not ready, or nothing."""
+        return self._waiting.get(what, "")
+
     @property
     def is_ready(self) -> bool:
         """Whether nothing is waited for."""

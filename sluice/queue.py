@@ -268,6 +268,10 @@ class RecordQueue:
             raise DeadListFullError(self.dead_key)
         return int(result)
 
+    async def length(self) -> int:
+        """Count the items that wait."""
+        return await self._redis.llen(self.key)
+
     async def balance(self) -> Balance:
         """Read the durable counters and the length in one step."""
         pushed, acked, dead, length = await self._balance(keys=[self.key, self._counters_key])
