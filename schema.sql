@@ -180,7 +180,7 @@ CREATE TABLE IF NOT EXISTS gaps (
     cause text NOT NULL,
     status text NOT NULL CHECK (status IN ('open', 'filled', 'absent', 'lost')),
     tries integer NOT NULL CHECK (tries >= 0),
-    revision integer NOT NULL CHECK (revision >= 0),
+    revision bigint NOT NULL CHECK (revision >= 0),
     opened_at timestamptz NOT NULL,
     closed_at timestamptz,
     CHECK (from_id <= to_id),
