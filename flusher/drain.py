@@ -12,7 +12,7 @@ import msgspec
 from loguru import logger
 from redis.exceptions import RedisError
 
-from flusher.errors import Verdict, judge
+from flusher.errors import Verdict, is_unreachable, judge
 from flusher.markets import Markets
 from flusher.tables import TABLES
 from flusher.writer import Writer
@@ -26,6 +26,8 @@ from sluice.settings import Settings
 
 POLL_SECONDS: Final = 0.05
 BLOCKED_SECONDS: Final = 5.0
+UNREACHABLE_SECONDS: Final = 2.0
+"""The longest delay while a server is away: to knock costs it nothing, and the backlog waits."""
 
 
 @dataclass
@@ -220,6 +222,8 @@ class Drain:
         self.counts.errors[verdict] = self.counts.errors.get(verdict, 0) + 1
         self._markets.forget()
         delay = backoff.next_delay()
+        if verdict == "redis" or is_unreachable(error):
+            delay = min(delay, UNREACHABLE_SECONDS)
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         self._health.wait_for(self.queue.kind, text)
         if verdict == Verdict.BUG.value:

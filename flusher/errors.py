@@ -54,6 +54,13 @@ def judge(error: Exception) -> Verdict:
     return Verdict.BUG
 
 
+def is_unreachable(error: Exception) -> bool:
+    """Tell whether the server did not even take the connection, so that asking costs nothing."""
+    return isinstance(
+        error, OSError | asyncpg.PostgresConnectionError | asyncpg.CannotConnectNowError
+    )
+
+
 def refused_line(error: Exception) -> int | None:
     """Give the index of the row that COPY refused, where the error names it."""
     found = _copy_line(getattr(error, "context", None) or "")
