@@ -93,6 +93,8 @@ class Exchange(Protocol):
     name: str
     """As in `markets.exchange`."""
     id_kind: Literal["raw", "agg", "last", "seq", "opaque"]
+    continuity: Literal["contiguous", "chained", "streamed"]
+    """How its book changes continue one another, see `orderbook.synchronizer`."""
     ws_setting: str
     """The setting that holds the base of its socket addresses."""
     rest_setting: str
