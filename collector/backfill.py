@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from collector.ledger import TRADE, Hole, Ledger, covers, gaps_key
-from sluice import records
+from sluice import failpoints, records
 from sluice.backoff import Backoff
 from sluice.budget import Priority
 from sluice.clock import now_micros
@@ -185,9 +185,11 @@ class Backfill:
             delay = self._postpone(attempts)
             logger.warning("{}: a bad page, asking again in {:.1f} s: {}", gap.gap_id, delay, error)
             return
+        await failpoints.reach("backfill.page_read")
         if page.trades:
             items = [records.encode(trade) for trade in page.trades]
             await self._queue.push(items, contiguous(page.trades))
+            await failpoints.reach("backfill.page_pushed")
             self.filled += len(items)
         for missing in page.missing:
             attempts.sightings[missing] += 1

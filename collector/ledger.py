@@ -12,7 +12,7 @@ from typing import Final, Literal
 import msgspec
 from redis.asyncio import Redis
 
-from sluice import records
+from sluice import failpoints, records
 from sluice.clock import now_micros
 from sluice.queue import PREFIX, RecordQueue, Segment, head_field, holes_key
 from sluice.records import Gap
@@ -146,6 +146,7 @@ class Ledger:
 
     async def _push(self, gap: Gap) -> None:
         await self._gap_queue.push([records.encode(gap)])
+        await failpoints.reach("ledger.gap_pushed")
 
     def _gap(
         self,

@@ -18,7 +18,7 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from sluice import records
+from sluice import failpoints, records
 from sluice.backoff import Backoff
 from sluice.clock import now_micros
 from sluice.queue import BAD_FRAMES, HEADS, RecordQueue, Segment, head_field
@@ -173,6 +173,7 @@ class Publisher:
 
     async def _push_waiting(self) -> None:
         for batch in self._take():
+            await failpoints.reach("publisher.taken")
             if self._spool is None and await self._push(batch):
                 continue
             await self._put_aside(batch)
@@ -195,6 +196,7 @@ class Publisher:
                 )
             self._is_fit = False
             return False
+        await failpoints.reach("publisher.pushed")
         if not self._is_fit:
             logger.info("Redis takes records")
         self._is_fit = True
@@ -220,6 +222,7 @@ class Publisher:
                     Spool.create, self._settings.spool_dir, self._settings.spool_max_mb * 2**20
                 )
             await asyncio.to_thread(self._spool.append, batch)
+            await failpoints.reach("publisher.spooled")
             self.counts.spooled += len(batch.items)
         except (SpoolFullError, OSError) as error:
             self._shed_batch(batch, error)
@@ -253,6 +256,7 @@ class Publisher:
                 # New records must not wait in memory while old ones return.
                 if time.monotonic() - began > SPOOLED_BATCH_SECONDS or not await self._push(batch):
                     return
+                await failpoints.reach("publisher.returned")
                 await asyncio.to_thread(spool.remove, position)
                 self.counts.returned += len(batch.items)
             await asyncio.to_thread(spool.close)
