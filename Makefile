@@ -1,0 +1,53 @@
+# The two commands of a fresh machine are `make run` and `make test`; what they need they bring.
+
+VENV = .venv
+BIN = $(VENV)/bin
+PYTHON ?=
+PACKAGES = collector flusher orderbook sluice
+
+.PHONY: run test check stop clean
+
+# make run [SYMBOLS=binance:BTCUSDT,binance:ETHUSDT] [SECONDS=60]
+# Without SYMBOLS it records the simulator, in a database of its own.
+run: $(VENV)/.installed
+	@exec $(BIN)/sluice run $(if $(SECONDS),--seconds $(SECONDS))
+
+# make test [ARGS='-k flusher -x']
+test: $(VENV)/.installed
+	$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy $(PACKAGES) tests $(wildcard benchmarks)
+	$(BIN)/lint-imports
+
+# Ends a recording and the servers that `make run` brought; their data stays.
+stop: $(VENV)/.installed
+	@$(BIN)/sluice stop
+
+# Removes what can be made again. The recorded data, in .services and .sluice, stays.
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+	find $(PACKAGES) tests -name __pycache__ -prune -exec rm -rf {} +
+
+# pip names a package as it comes to it; of all it prints, that and its errors are shown.
+$(VENV)/.installed: requirements.txt
+	@python=; for name in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	    if $$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+	        2>/dev/null; then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "Python 3.11 or later with its venv module is needed (on Debian: python3-venv)" >&2; \
+	    exit 1; \
+	fi; \
+	echo "making $(VENV) with $$($$python --version)"; \
+	$$python -m venv $(VENV)
+	@{ $(BIN)/pip install --disable-pip-version-check --require-hashes -r requirements.txt 2>&1 && \
+	   $(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation -e . 2>&1 || \
+	   echo "ERROR: pip failed"; } | awk ' \
+	    /^Collecting/ { sub(/[=<>~!;\[].*/, "", $$2); printf " %s", $$2; fflush() } \
+	    /^Installing collected packages/ { printf "\ninstalling\n"; fflush() } \
+	    /^ *ERROR/ { failed = 1; print; fflush() } \
+	    END { print ""; exit failed }'
+	@touch $@
