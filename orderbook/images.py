@@ -23,6 +23,7 @@ AT_ONCE: Final = 4
 FIRST_DELAY: Final = 0.2
 MOST_DELAY: Final = 30.0
 UNKNOWN_SYMBOL_DELAY: Final = 300.0
+_SERVED: Final = (Priority.LIVE_IMAGE, Priority.IMAGE, Priority.AUDIT)
 
 
 class ImageQueue:
@@ -45,10 +46,7 @@ class ImageQueue:
         self._limit = limit
         self._deliver = deliver
         self._activity = activity
-        self._due: dict[Priority, dict[str, float]] = {
-            Priority.LIVE_IMAGE: {},
-            Priority.IMAGE: {},
-        }
+        self._due: dict[Priority, dict[str, float]] = {priority: {} for priority in _SERVED}
         self._under_way: set[str] = set()
         self._backoffs: dict[str, Backoff] = {}
         self._wake = {priority: asyncio.Event() for priority in self._due}
@@ -62,12 +60,20 @@ class ImageQueue:
         return sum(len(due) for due in self._due.values()) + len(self._under_way)
 
     def want(self, symbol: str, priority: Priority) -> None:
-        """Ask for an image, unless one is asked for already."""
-        if symbol not in self._under_way and not any(symbol in due for due in self._due.values()):
-            self._schedule(symbol, priority, 0.0)
+        """Ask for an image, unless one is asked for already with that priority or a higher one."""
+        if symbol in self._under_way:
+            return
+        for queued, due in self._due.items():
+            if symbol in due:
+                if queued <= priority:
+                    return
+                del due[symbol]
+        self._schedule(symbol, priority, 0.0)
 
     def want_newer(self, symbol: str, priority: Priority) -> None:
-        """Ask for another image after a while: the last one was too old."""
+        """Ask for another image after a while: the last one did not do."""
+        for due in self._due.values():
+            due.pop(symbol, None)
         self._schedule(symbol, priority, self._backoff(symbol).next_delay())
 
     def settled(self, symbol: str) -> None:

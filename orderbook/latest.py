@@ -3,7 +3,7 @@
 `data` is `{"bids": [[price, size], …], "asks": …}` from the best level on, `timestamp` the
 exchange's time of the last event in it (microseconds), `update_id` its id, `sync_id` the sync it
 belongs to and `state` is `live`. A hash is deleted when its book loses its place and when the
-process stops, and expires by itself three intervals after its last renewal.
+process stops, and expires by itself EXPIRY_MS after its last renewal.
 
 With PUBLISH_LIVE every book written is also published, with its ids and time in the same object.
 
@@ -25,6 +25,9 @@ from sluice.queue import book_floor_key, book_key, live_book_channel
 from sluice.records import Level
 from sluice.settings import Market
 
+RENEWAL_SECONDS: Final = 1.0
+EXPIRY_MS: Final = 3000
+"""Three renewals: a reader never meets what a dead process left for longer."""
 ROUND_SECONDS: Final = 0.02
 """The least time between two rounds of writing: the events of one instant share a round."""
 _RETRY_SECONDS: Final = 0.5
@@ -95,8 +98,8 @@ class LatestBooks:
         redis: Redis,
         read: Callable[[Market], LatestBook | None],
         *,
-        expiry_ms: int,
         is_published: bool,
+        expiry_ms: int = EXPIRY_MS,
     ) -> None:
         self._read = read
         self._expiry_ms = expiry_ms

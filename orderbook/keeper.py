@@ -1,0 +1,231 @@
+"""One market's book from its changes to everything that is made of it.
+
+It wires the pure parts together and has no I/O of its own: what goes out is put into the queues
+and notes of others, none of which waits.
+"""
+
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Self
+
+from loguru import logger
+
+from orderbook.coverage import Coverage, Return
+from orderbook.grid import SnapshotGrid
+from orderbook.images import ImageQueue
+from orderbook.latest import LatestBook, LatestBooks
+from orderbook.synchronizer import BookSynchronizer, Continuity, Outcome, State
+from sluice.budget import Priority
+from sluice.exchanges.base import Depth, DepthImage
+from sluice.publisher import Publisher
+from sluice.records import OrderbookSnapshot
+from sluice.settings import Market, Settings
+
+MICROS_PER_MS: Final = 1000
+_STARTED: Final = "the process was not running"
+_CAUSES: Final = {
+    Outcome.GAP: "a change is missing",
+    Outcome.CROSSED: "the book crossed",
+    Outcome.DIFFERED: "a newer image differs from the book",
+}
+
+
+@dataclass(frozen=True)
+class Outlets:
+    """Where a keeper's work goes."""
+
+    publisher: Publisher
+    latest: LatestBooks
+    coverage: Coverage
+    images: ImageQueue
+
+
+class _Held(NamedTuple):
+    """The book as it was before a message."""
+
+    is_live: bool
+    sync_id: int
+    ts_event: int
+
+    @classmethod
+    def of(cls, sync: BookSynchronizer) -> Self:
+        return cls(sync.is_live, sync.sync_id, sync.ts_event)
+
+
+class BookKeeper:
+    """Keeps one market's book and hands on its rows, its latest top and its windows missed."""
+
+    def __init__(
+        self, market: Market, continuity: Continuity, settings: Settings, outlets: Outlets
+    ) -> None:
+        self.market = market
+        self.changes = 0
+        """How many changes came, whatever became of them."""
+        self.resyncs = 0
+        self.confirmed = 0
+        """How often a newer image agreed with the book."""
+        self.contradicted = 0
+        self._outlets = outlets
+        self._depth = settings.snapshot_depth
+        self._published_depth = settings.publish_depth
+        self._sync = BookSynchronizer(
+            continuity, before_event=self._before_event, max_levels=settings.book_depth
+        )
+        self._grid = SnapshotGrid(settings.snapshot_interval_ms * MICROS_PER_MS)
+        self._renewal = Priority.IMAGE
+        # The window missed: the last event before it, the first after it, and why; no cause means
+        # that there is none to tell of.
+        self._ts_lost: int | None = None
+        self._ts_returned: int | None = None
+        self._cause: str | None = _STARTED
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the book is provably in sync."""
+        return self._sync.is_live
+
+    @property
+    def levels(self) -> int:
+        """How many levels are held."""
+        return sum(self._sync.book.levels)
+
+    def on_depth(self, depth: Depth) -> None:
+        """Take a change off the stream."""
+        self.changes += 1
+        self._settle(_Held.of(self._sync), self._sync.on_depth(depth))
+
+    def on_image(self, image: DepthImage) -> None:
+        """Take an image that was asked for."""
+        self._settle(_Held.of(self._sync), self._sync.on_image(image))
+
+    def on_disconnect(self, reason: str) -> None:
+        """Give the book up: what comes next need not continue it."""
+        held = _Held.of(self._sync)
+        self._sync.on_disconnect()
+        self._lose(held, f"disconnected: {reason}")
+
+    def flush_idle(self, delivered_us: int) -> None:
+        """Write the rows that are due without a change.
+
+        Up to `delivered_us` (exchange time) the socket has brought everything there is.
+        """
+        if self._sync.is_live:
+            for instant in self._grid.flush_idle(delivered_us):
+                self._write_row(instant)
+
+    def renew_if_shallow(self, image_limit: int) -> None:
+        """Ask for a new image before what can be trusted is less than what is read."""
+        book = self._sync.book
+        needed = min(2 * max(self._depth, self._published_depth), image_limit // 2)
+        if (
+            self._sync.is_live
+            and not self._sync.is_renewing
+            and not book.is_whole
+            and book.trusted_depth < needed
+        ):
+            self._renew(Priority.IMAGE)
+
+    def audit(self) -> None:
+        """Have the book compared with a new image; a difference ends its sync."""
+        if self._sync.is_live and not self._sync.is_renewing:
+            self._renew(Priority.AUDIT)
+
+    def latest(self) -> LatestBook | None:
+        """Give the top of the book for readers, or None while it is not live."""
+        sync = self._sync
+        if not sync.is_live or sync.ts_event == 0:
+            return None
+        bids, asks = sync.book.top(self._published_depth)
+        return LatestBook(sync.sync_id, sync.update_id, sync.ts_event, bids, asks)
+
+    def summary(self) -> str:
+        """Give the state, or best bid, ask and spread, for people to read."""
+        sync = self._sync
+        if not sync.is_live:
+            return f"{self.market} {sync.state}"
+        bid, ask = sync.book.best_bid, sync.book.best_ask
+        if bid is None or ask is None:
+            return f"{self.market} one-sided"
+        spread = (float(ask[0]) / float(bid[0]) - 1) * 1e4
+        return f"{self.market} {bid[0]} / {ask[0]} ({spread:.2f} bps)"
+
+    def _settle(self, held: _Held, outcome: Outcome) -> None:
+        """Do what follows from a message that met the book as `held`."""
+        match outcome:
+            case Outcome.APPLIED:
+                self._changed()
+            case Outcome.LIVE:
+                self._outlets.images.settled(self.market.symbol)
+                self._changed()
+            case Outcome.RENEWED:
+                self.confirmed += 1
+                self._outlets.images.settled(self.market.symbol)
+                self._changed()
+            case Outcome.IMAGE_NEEDED:
+                self._outlets.images.want(self.market.symbol, self._priority)
+            case Outcome.IMAGE_TOO_OLD:
+                self._outlets.images.want_newer(self.market.symbol, self._priority)
+            case Outcome.GAP | Outcome.CROSSED | Outcome.DIFFERED:
+                self.contradicted += outcome is Outcome.DIFFERED
+                self.resyncs += 1
+                logger.warning("{}: out of sync: {}", self.market, _CAUSES[outcome])
+                self._lose(held, _CAUSES[outcome])
+                if held.is_live and self._sync.state is State.WAITING_FOR_IMAGE:
+                    self._outlets.images.want(self.market.symbol, self._priority)
+                elif not held.is_live:
+                    # An image that does not fit its changes: another one, but not at once.
+                    self._outlets.images.want_newer(self.market.symbol, self._priority)
+
+    def _before_event(self, depth: Depth) -> None:
+        """Write the rows that are due: until this change, the book was what it is now."""
+        for instant in self._grid.on_event(depth.ts_event, depth.ts_recv):
+            self._write_row(instant)
+        if self._ts_returned is None:
+            self._ts_returned = depth.ts_event
+
+    def _changed(self) -> None:
+        self._outlets.latest.changed(self.market)
+        if self._ts_returned is None:
+            return
+        if self._cause is not None:
+            back = Return(self.market, self._ts_returned, self._ts_lost, self._cause)
+            self._outlets.coverage.returned(back)
+            self._cause = None
+        self._outlets.coverage.covers(self.market, self._sync.ts_event)
+
+    def _lose(self, held: _Held, cause: str) -> None:
+        """Take back what readers see, and begin the window that is missed."""
+        self._grid.restart()
+        if self._cause is None:
+            self._ts_lost, self._cause = held.ts_event, cause
+        self._ts_returned = None
+        if held.is_live:
+            self._outlets.latest.lost(self.market, held.sync_id)
+
+    @property
+    def _priority(self) -> Priority:
+        if self._sync.is_live:
+            return self._renewal
+        return Priority.IMAGE if self._ts_lost is None else Priority.LIVE_IMAGE
+
+    def _renew(self, priority: Priority) -> None:
+        self._renewal = priority
+        self._sync.renew()
+        self._outlets.images.want(self.market.symbol, priority)
+
+    def _write_row(self, instant: int) -> None:
+        sync = self._sync
+        bids, asks = sync.book.top(self._depth)
+        self._outlets.publisher.put(
+            OrderbookSnapshot(
+                self.market.exchange,
+                self.market.symbol,
+                instant,
+                sync.update_id,
+                sync.sync_id,
+                sync.ts_event,
+                sync.ts_recv,
+                bids,
+                asks,
+                sync.book.trusted_depth,
+            )
+        )

@@ -1,0 +1,356 @@
+"""The orderbook process's wiring: which sockets feed which books, and what watches over them."""
+
+import asyncio
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from loguru import logger
+from prometheus_client.core import Metric
+from redis.exceptions import RedisError
+
+from orderbook.coverage import Coverage
+from orderbook.images import ImageQueue
+from orderbook.keeper import BookKeeper, Outlets
+from orderbook.latest import RENEWAL_SECONDS, LatestBooks
+from sluice.budget import Budget
+from sluice.connections import connect_redis
+from sluice.exchanges import EXCHANGES, Exchange
+from sluice.exchanges.base import BadFrameError, Depth, DepthImage, Reply, ServerShutdown
+from sluice.fitness import redis_is_fit
+from sluice.lifecycle import Process
+from sluice.metrics import counter, gauge
+from sluice.publisher import Publisher
+from sluice.rest import RestClient
+from sluice.settings import Market, Settings
+from sluice.stream import ConnectGate, Stream, split
+
+CHECK_SECONDS: Final = 0.5
+IMAGE_FACTOR: Final = 50
+"""An image is this many times as deep as what is read, so that a book seldom outgrows it."""
+LEAST_IMAGE: Final = 1000
+LAST_WORDS_SECONDS: Final = 2.0
+SHOWN: Final = 3
+"""How many books the statistics line names."""
+
+
+def in_shard(market: Market, shard: str) -> bool:
+    """Tell whether a market belongs to a shard `index/count`, the same in every process."""
+    index, count = map(int, shard.split("/"))
+    return zlib.crc32(str(market).encode()) % count == index
+
+
+def image_limit(exchange: Exchange, settings: Settings) -> int:
+    """Choose how many levels a side to ask for: as cheap as will do, at most BOOK_DEPTH."""
+    read = max(settings.snapshot_depth, settings.publish_depth)
+    wanted = max(read, min(settings.book_depth, max(LEAST_IMAGE, IMAGE_FACTOR * read)))
+    limits = exchange.image_limits
+    return next((limit for limit in limits if limit >= wanted), limits[-1])
+
+
+@dataclass
+class Feed:
+    """The books of one socket."""
+
+    exchange: Exchange
+    keepers: Mapping[str, BookKeeper]
+    publisher: Publisher
+    newest: int = 0
+    """The newest time of any event on the socket: what is much older has arrived."""
+
+    def read(self, stream: Stream, frame: bytes, ts_recv: int) -> None:
+        """Take one frame; the hole that a bad one leaves is found by the next change's ids."""
+        try:
+            messages = self.exchange.parse(frame, ts_recv)
+        except BadFrameError as error:
+            self.publisher.put_bad_frame(frame, f"{self.exchange.name}: {error}")
+            return
+        for message in messages:
+            if isinstance(message, Depth):
+                keeper = self.keepers.get(message.symbol)
+                if keeper is not None:
+                    self.newest = max(self.newest, message.ts_event)
+                    keeper.on_depth(message)
+            elif isinstance(message, ServerShutdown):
+                stream.renew("the server shuts down")
+            elif isinstance(message, Reply) and message.error is not None:
+                logger.error(
+                    "{}: request {} refused: {}; check SYMBOLS",
+                    stream.name,
+                    message.request_id,
+                    message.error,
+                )
+
+    def disconnected(self, reason: str) -> None:
+        """Give up all books of the socket."""
+        self.newest = 0
+        for keeper in self.keepers.values():
+            keeper.on_disconnect(reason)
+
+
+@dataclass
+class Books:
+    """Everything a running orderbook process holds."""
+
+    process: Process
+    publisher: Publisher
+    latest: LatestBooks
+    coverage: Coverage
+    keepers: dict[Market, BookKeeper]
+    feeds: dict[Stream, Feed] = field(default_factory=dict)
+    images: dict[str, ImageQueue] = field(default_factory=dict)
+    memory_bytes: int = 0
+
+    @property
+    def live(self) -> int:
+        """How many books are provably in sync."""
+        return sum(keeper.is_live for keeper in self.keepers.values())
+
+    def connection_changed(self) -> None:
+        """Tell readiness how many sockets are open."""
+        missing = sum(not stream.is_connected for stream in self.feeds)
+        if missing:
+            self.process.health.wait_for("sockets", f"{missing} of {len(self.feeds)} not open")
+        else:
+            self.process.health.ready("sockets")
+
+    def check(self) -> None:
+        """Write what is due without a change, look after depth, memory and readiness."""
+        for feed in self.feeds.values():
+            limit = image_limit(feed.exchange, self.process.settings)
+            for keeper in feed.keepers.values():
+                if feed.newest:
+                    keeper.flush_idle(feed.newest)
+                keeper.renew_if_shallow(limit)
+        if self.live:
+            self.process.health.ready("books")
+        else:
+            self.process.health.wait_for("books", "none is in sync")
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        most = self.process.settings.book_max_mb * 2**20
+        before, self.memory_bytes = self.memory_bytes, resident_bytes()
+        if before < 0.8 * most <= self.memory_bytes:
+            logger.warning(
+                "{} MB of the {} MB of BOOK_MAX_MB are used; lower BOOK_DEPTH, or spread the "
+                "markets over more processes with BOOK_SHARD",
+                self.memory_bytes >> 20,
+                most >> 20,
+            )
+
+    def statistics(self) -> str:
+        """Give the line that is logged every 30 s."""
+        keepers = list(self.keepers.values())
+        counts = self.publisher.counts
+        ended = sum(sum(stream.counts.disconnects.values()) for stream in self.feeds)
+        depths = " ".join(f"{kind} {n}" for kind, n in sorted(self.publisher.lengths.items()))
+        return (
+            f"{self.live} of {len(keepers)} books live, "
+            f"{sum(keeper.resyncs for keeper in keepers)} resyncs, "
+            f"{sum(images.waiting for images in self.images.values())} wait for an image; "
+            f"read {sum(keeper.changes for keeper in keepers)} changes, "
+            f"{counts.bad_frames} bad frames, {ended} sockets ended; "
+            f"pushed {sum(counts.pushed.values())}, in memory {self.publisher.in_memory}, "
+            f"spooled {counts.spooled}, shed {counts.shed}; "
+            f"queues: {depths or 'not pushed to yet'}; "
+            + "; ".join(keeper.summary() for keeper in keepers[:SHOWN])
+        )
+
+    def metrics(self) -> Iterable[Metric]:
+        """Give the families behind `/metrics`."""
+        keepers = list(self.keepers.values())
+        counts = self.publisher.counts
+        yield gauge("books", "Books kept", [({}, len(keepers))])
+        yield gauge("books_live", "Books provably in sync", [({}, self.live)])
+        yield gauge("book_levels", "Levels held", [({}, sum(k.levels for k in keepers))])
+        yield gauge("book_memory_bytes", "Resident memory", [({}, self.memory_bytes)])
+        yield counter("book_changes", "Changes read", [({}, sum(k.changes for k in keepers))])
+        yield counter("book_resyncs", "Syncs lost", [({}, sum(k.resyncs for k in keepers))])
+        yield counter(
+            "book_audits",
+            "Books compared with a newer image, by result",
+            [
+                ({"result": "same"}, sum(keeper.confirmed for keeper in keepers)),
+                ({"result": "different"}, sum(keeper.contradicted for keeper in keepers)),
+            ],
+        )
+        yield counter(
+            "book_images",
+            "Images asked for, by result",
+            [
+                ({"exchange": name, "result": result}, count)
+                for name, images in self.images.items()
+                for result, count in (("read", images.fetched), ("failed", images.failures))
+            ],
+        )
+        yield counter(
+            "orderbook_reconnects",
+            "Sockets that ended, by reason",
+            [
+                ({"socket": stream.name, "reason": reason}, count)
+                for stream in self.feeds
+                for reason, count in stream.counts.disconnects.items()
+            ],
+        )
+        yield counter("orderbook_bad_frames", "Frames nobody can read", [({}, counts.bad_frames)])
+        yield counter(
+            "publisher_pushed_records",
+            "Records that reached Redis",
+            [({"queue": kind}, count) for kind, count in counts.pushed.items()],
+        )
+        yield counter("publisher_spooled_records", "Sent to the disk", [({}, counts.spooled)])
+        yield counter("publisher_shed_records", "Lost: no room anywhere", [({}, counts.shed)])
+        yield gauge("publisher_memory_records", "Not yet pushed", [({}, self.publisher.in_memory)])
+
+
+def resident_bytes() -> int:
+    """Give the memory this process has in use; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * 4096
+
+
+async def run(process: Process) -> None:
+    """Keep books until the process is told to stop, then take back what only a live one may say."""
+    settings, stop = process.settings, process.stop
+    markets = [market for market in settings.markets if in_shard(market, settings.book_shard)]
+    async with AsyncExitStack() as clients:
+        redis = connect_redis(settings)
+        clients.push_async_callback(redis.aclose)
+        publisher = Publisher(redis, settings)
+        keepers: dict[Market, BookKeeper] = {}
+        latest = LatestBooks(
+            redis, lambda market: keepers[market].latest(), is_published=settings.publish_live
+        )
+        coverage = Coverage(redis, publisher.put)
+        books = Books(process, publisher, latest, coverage, keepers)
+        process.statistics.append(books.statistics)
+        process.metrics.append(books.metrics)
+        for name, symbols in _by_exchange(markets).items():
+            exchange = EXCHANGES[name]
+            rest = RestClient(exchange, settings, Budget(redis, exchange))
+            clients.push_async_callback(rest.close)
+            _add_books(books, exchange, symbols, rest)
+        books.connection_changed()
+        books.check()
+
+        publisher_stop = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            fitness = tasks.create_task(redis_is_fit(redis, process.health))
+            publishing = tasks.create_task(publisher.run(publisher_stop))
+            sources = [tasks.create_task(stream.run(stop)) for stream in books.feeds]
+            keeping = [
+                tasks.create_task(work)
+                for work in (
+                    latest.run(),
+                    coverage.run(),
+                    _check(books),
+                    _renew(books),
+                    _audit(books, settings.book_audit_seconds),
+                    *(images.run() for images in books.images.values()),
+                )
+            ]
+            await stop.wait()
+            fitness.cancel()
+            if sources:
+                await asyncio.wait(sources)
+            for task in keeping:
+                task.cancel()
+            await asyncio.wait(keeping)
+            await _last_words(latest, coverage)
+            publisher_stop.set()
+            await publishing
+
+
+def _by_exchange(markets: Sequence[Market]) -> Mapping[str, list[str]]:
+    symbols: dict[str, list[str]] = defaultdict(list)
+    for market in markets:
+        symbols[market.exchange].append(market.symbol)
+    return symbols
+
+
+def _add_books(books: Books, exchange: Exchange, symbols: list[str], rest: RestClient) -> None:
+    """Make the books of a venue and spread their changes over sockets."""
+    process, settings = books.process, books.process.settings
+    keepers: dict[str, BookKeeper] = {}
+
+    def deliver(image: DepthImage) -> None:
+        keepers[image.symbol].on_image(image)
+
+    images = books.images[exchange.name] = ImageQueue(
+        exchange,
+        rest,
+        image_limit(exchange, settings),
+        deliver=deliver,
+        activity=lambda symbol: keepers[symbol].changes,
+    )
+    outlets = Outlets(books.publisher, books.latest, books.coverage, images)
+    for symbol in symbols:
+        market = Market(exchange.name, symbol)
+        keepers[symbol] = BookKeeper(market, exchange.continuity, settings, outlets)
+        books.keepers[market] = keepers[symbol]
+    gate = ConnectGate(exchange)
+    proxy = settings.proxy_url.get_secret_value() if settings.proxy_url else None
+    for number, part in enumerate(split(symbols, exchange.streams_per_socket)):
+        feed = Feed(exchange, {symbol: keepers[symbol] for symbol in part}, books.publisher)
+
+        def disconnected(reason: str, feed: Feed = feed) -> None:
+            feed.disconnected(reason)
+            books.connection_changed()
+
+        stream = Stream(
+            exchange,
+            getattr(settings, exchange.ws_setting),
+            [exchange.depth_channel(symbol) for symbol in part],
+            feed.read,
+            gate=gate,
+            on_connected=books.connection_changed,
+            on_disconnected=disconnected,
+            on_progress=process.progress,
+            proxy=proxy,
+            name=f"{exchange.name}/{number}",
+        )
+        books.feeds[stream] = feed
+
+
+async def _check(books: Books) -> None:
+    while True:
+        books.check()
+        await asyncio.sleep(CHECK_SECONDS)
+
+
+async def _renew(books: Books) -> None:
+    """Keep the hashes of quiet books from expiring."""
+    while True:
+        await asyncio.sleep(RENEWAL_SECONDS)
+        for market, keeper in books.keepers.items():
+            if keeper.is_live:
+                books.latest.changed(market)
+
+
+async def _audit(books: Books, seconds: float) -> None:
+    """Have one book after another compared with a new image, at a slow rate; 0 is never."""
+    while seconds:
+        for keeper in list(books.keepers.values()):
+            await asyncio.sleep(seconds)
+            keeper.audit()
+        if not books.keepers:
+            return
+
+
+async def _last_words(latest: LatestBooks, coverage: Coverage) -> None:
+    """Delete the hashes and note how far the books got; without Redis the hashes expire."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORDS_SECONDS):
+            try:
+                await latest.flush()
+                await coverage.flush(is_final=True)
+            except (RedisError, OSError) as error:
+                logger.warning("Redis is away at the end ({}); latest books expire", error)
