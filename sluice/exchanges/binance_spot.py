@@ -252,6 +252,7 @@ class BinanceSpot:
     """The adapter; `name` and the two settings let the simulator be a venue of its own."""
 
     id_kind: Literal["raw", "agg", "last", "seq", "opaque"] = "raw"
+    continuity: Literal["contiguous", "chained", "streamed"] = "contiguous"
     symbol_pattern = _SYMBOL
     streams = re.compile(rf"trade|ticker|miniTicker|kline_(?:{'|'.join(INTERVALS)})")
     streams_per_socket = 1024
