@@ -1,0 +1,122 @@
+"""What the exchange published, beside what is stored and what `gaps` explains."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import asyncpg
+
+from tests.acceptance.processes import CEILING, Processes
+
+STORED = """
+SELECT trade_id, first_id, price, quantity, (extract(epoch FROM time) * 1000)::bigint AS t, side
+FROM trades WHERE market_id = market($1, $2) ORDER BY trade_id
+"""
+EXPLAINED = """
+SELECT from_id, to_id, status FROM gaps
+WHERE market_id = market($1, $2) AND channel = 'trade' AND from_id IS NOT NULL
+"""
+
+
+@dataclass
+class Account:
+    """One market: ids published since the first one stored, and what became of each."""
+
+    published: dict[int, tuple[Any, ...]]
+    stored: dict[int, tuple[Any, ...]]
+    rows: int
+    explained: set[int]
+    open: set[int]
+
+    @property
+    def missing(self) -> set[int]:
+        """Published, not stored, and not explained."""
+        return self.published.keys() - self.stored.keys() - self.explained
+
+    def verify(self) -> None:
+        """Fail unless everything published is stored once, to the last digit, or explained."""
+        assert self.rows == len(self.stored), "a trade is stored twice"
+        assert not self.missing, f"missing: {sorted(self.missing)[:20]}"
+        assert not self.open, f"gaps still open: {sorted(self.open)[:20]}"
+        invented = self.stored.keys() - self.published.keys()
+        assert not invented, f"never published: {sorted(invented)[:20]}"
+        assert not self.explained & self.stored.keys(), "explained away and yet stored"
+        for trade_id, fields in self.stored.items():
+            assert fields == self.published[trade_id], trade_id
+
+
+async def account(
+    dsn: str, running: Processes, symbol: str, exchange: str = "binance", first: int | None = None
+) -> Account:
+    """Compare the simulator's truth with the tables, from `first` or the first id stored."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        rows = await connection.fetch(STORED, exchange, symbol)
+        explained = await connection.fetch(EXPLAINED, exchange, symbol)
+    finally:
+        await connection.close()
+    begin = first if first is not None else rows[0]["trade_id"]
+    published: dict[int, tuple[Any, ...]] = {}
+    start = begin
+    while True:
+        page = await asyncio.to_thread(
+            running.control, f"trades?symbol={symbol}&from={start}&limit=10000"
+        )
+        for trade_id, price, quantity, t, is_buyer_maker in page:
+            side = "sell" if is_buyer_maker else "buy"
+            published[trade_id] = (Decimal(price), Decimal(quantity), t, side)
+        if len(page) < 10_000:
+            break
+        start = page[-1][0] + 1
+    ranges: dict[bool, set[int]] = {True: set(), False: set()}
+    for gap in explained:
+        if gap["status"] != "filled":
+            ranges[gap["status"] == "open"] |= set(range(gap["from_id"], gap["to_id"] + 1))
+    return Account(
+        published=published,
+        stored={r["trade_id"]: (r["price"], r["quantity"], r["t"], r["side"]) for r in rows},
+        rows=len(rows),
+        explained=ranges[False],
+        open=ranges[True],
+    )
+
+
+async def complete(
+    dsn: str, running: Processes, symbols: list[str], firsts: dict[str, int] | None = None
+) -> float:
+    """Stop the market, wait until every market is accounted for; gives the seconds it took."""
+    await asyncio.to_thread(running.control, "quiet", {})
+    await asyncio.to_thread(running.control, "source", {"action": "stop"})
+    began = time.monotonic()
+    while True:
+        accounts = [
+            await account(dsn, running, symbol, first=(firsts or {}).get(symbol))
+            for symbol in symbols
+        ]
+        if not any(entry.missing or entry.open for entry in accounts):
+            break
+        if time.monotonic() - began > 2 * CEILING:
+            break
+        await asyncio.sleep(0.3)
+    for entry in accounts:
+        entry.verify()
+    return time.monotonic() - began
+
+
+async def fresh(dsn: str, since_micros: int) -> float:
+    """Wait for a row received after an instant; gives the seconds it took."""
+    began = time.monotonic()
+    connection = await asyncpg.connect(dsn)
+    try:
+        while not await connection.fetchval(
+            "SELECT EXISTS (SELECT FROM trades WHERE received_at >"
+            " 'epoch'::timestamptz + $1 * interval '1 microsecond')",
+            since_micros,
+        ):
+            assert time.monotonic() - began < CEILING, "no fresh trade"
+            await asyncio.sleep(0.1)
+    finally:
+        await connection.close()
+    return time.monotonic() - began
