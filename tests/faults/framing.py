@@ -71,7 +71,10 @@ class _RespSplitter:
 
 
 class RedisDialogue:
-    """Requests and replies of one Redis connection; a push message answers no request."""
+    """Requests and replies of one Redis connection.
+
+    Messages of channels, and what is said to a subscription, answer no request.
+    """
 
     def __init__(self) -> None:
         self._requests, self._replies = _RespSplitter(), _RespSplitter()
@@ -80,15 +83,18 @@ class RedisDialogue:
     def requested(self, data: bytes) -> int:
         """Take what the client sent, and give how many requests ended in it."""
         requests = self._requests.feed(data)
-        self._unanswered.extend(requests)
+        self._unanswered.extend(
+            request for request in requests if b"SUBSCRIBE" not in request[:40].upper()
+        )
         return len(requests)
 
     def replied(self, data: bytes) -> list[Reply]:
         """Take what the server sent; the subject is the whole request."""
-        return [
-            Reply(None if value.startswith(b">") else self._unanswered.popleft(), value)
-            for value in self._replies.feed(data)
-        ]
+        replies = []
+        for value in self._replies.feed(data):
+            is_answer = self._unanswered and not value.startswith(b">")
+            replies.append(Reply(self._unanswered.popleft() if is_answer else None, value))
+        return replies
 
 
 class PostgresDialogue:

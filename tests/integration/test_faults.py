@@ -1,0 +1,584 @@
+"""Every fault really happens: seen from outside, on real servers, with the products' libraries."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import asyncpg
+import pytest
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
+
+from sluice.cli.servers import PostgresServer, RedisServer
+from tests.faults import postgres_faults, redis_faults
+from tests.faults.disk import filled, small_file_system
+from tests.faults.framing import PostgresDialogue, RedisDialogue
+from tests.faults.proxy import Proxy
+from tests.faults.waiting import CEILING, eventually
+from tests.servers import Database, database_of
+
+SOON = 0.3
+"""Seconds that show that nothing comes, where what comes would come at once."""
+
+
+@asynccontextmanager
+async def client_of(port: int, *, timeout: float = CEILING) -> AsyncIterator[Redis]:
+    """Connect to Redis without the library's retries; `timeout` in seconds."""
+    client = Redis(
+        port=port,
+        socket_timeout=timeout,
+        socket_connect_timeout=CEILING,
+        retry=Retry(NoBackoff(), 0),
+        single_connection_client=True,
+    )
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+@asynccontextmanager
+async def session_of(
+    database: Database, port: int | None = None
+) -> AsyncIterator[asyncpg.Connection]:
+    """Connect to PostgreSQL, on another port where there is a proxy."""
+    target = replace(database, port=port or database.port)
+    connection = await asyncpg.connect(target.dsn, timeout=CEILING)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+@asynccontextmanager
+async def echo() -> AsyncIterator[int]:
+    """Serve every connection its own bytes, and give the port."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+        await server.wait_closed()
+
+
+@asynccontextmanager
+async def connected(
+    proxy: Proxy,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Connect through a proxy that has reached the server."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    try:
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        yield reader, writer
+    finally:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+async def is_silent(reader: asyncio.StreamReader) -> bool:
+    """Tell whether nothing comes, not even an end."""
+    try:
+        async with asyncio.timeout(SOON):
+            await reader.read(1)
+    except TimeoutError:
+        return True
+    return False
+
+
+# The proxy ------------------------------------------------------------------------------------
+
+
+async def test_a_proxy_without_faults_changes_nothing() -> None:
+    sent = bytes(range(256)) * 8192
+    async with (
+        echo() as port,
+        Proxy("127.0.0.1", port) as proxy,
+        connected(proxy) as (reader, writer),
+    ):
+        writer.write(sent)
+        assert await reader.readexactly(len(sent)) == sent
+        assert proxy.counts.bytes_to_server == proxy.counts.bytes_to_client == len(sent) + 5
+        assert proxy.counts.delayed_chunks == 0
+
+
+async def test_latency_and_jitter_delay_and_keep_the_order() -> None:
+    async with (
+        echo() as port,
+        Proxy("127.0.0.1", port) as proxy,
+        connected(proxy) as (reader, writer),
+    ):
+        clock = asyncio.get_running_loop().time
+        proxy.to_client.latency, proxy.to_client.jitter = 0.2, 0.05
+        start = clock()
+        for number in range(20):
+            writer.write(b"%02d" % number)
+            await writer.drain()
+            await asyncio.sleep(0.002)
+        received = await reader.readexactly(40)
+        assert received == b"".join(b"%02d" % number for number in range(20))
+        assert clock() - start >= 0.2
+        assert proxy.counts.delayed_chunks >= 1
+
+
+async def test_a_rate_holds_back_what_is_over_it() -> None:
+    async with (
+        echo() as port,
+        Proxy("127.0.0.1", port) as proxy,
+        connected(proxy) as (reader, writer),
+    ):
+        clock = asyncio.get_running_loop().time
+        proxy.to_server.bytes_per_second = 100_000
+        start = clock()
+        writer.write(bytes(30_000))
+        await reader.readexactly(30_000)
+        assert clock() - start >= 0.3
+
+
+async def test_a_cut_ends_connections_in_order() -> None:
+    async with echo() as port, Proxy("127.0.0.1", port) as proxy, connected(proxy) as (reader, _):
+        assert proxy.cut() == 1
+        assert await reader.read() == b""
+        await eventually(lambda: proxy.open_connections == 0)
+
+
+async def test_a_reset_ends_connections_abruptly() -> None:
+    async with echo() as port, Proxy("127.0.0.1", port) as proxy:
+        async with connected(proxy) as (first, _), connected(proxy) as (second, _):
+            assert proxy.reset_all() == 2
+            for reader in (first, second):
+                with pytest.raises(ConnectionResetError):
+                    await reader.read()
+        assert proxy.counts.reset == 2
+        async with connected(proxy):
+            assert proxy.counts.connections == 3
+
+
+async def test_half_open_is_silence_for_old_connections_and_nothing_for_new_ones() -> None:
+    async with (
+        echo() as port,
+        Proxy("127.0.0.1", port) as proxy,
+        connected(proxy) as (reader, writer),
+    ):
+        assert proxy.half_open() == 1
+        writer.write(b"anybody?")
+        await writer.drain()
+        assert await is_silent(reader)
+        assert proxy.counts.swallowed_bytes == len(b"anybody?")
+        async with connected(proxy):
+            pass
+        proxy.heal()
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+
+
+async def test_a_black_hole_swallows_new_connections_too_until_it_heals() -> None:
+    async with (
+        echo() as port,
+        Proxy("127.0.0.1", port) as proxy,
+        connected(proxy) as (reader, writer),
+    ):
+        proxy.blackhole()
+        new_reader, new_writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        for each in (writer, new_writer):
+            each.write(b"anybody?")
+        assert await is_silent(reader)
+        assert await is_silent(new_reader)
+        await eventually(lambda: proxy.counts.swallowed_bytes == 16)
+        proxy.heal()
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        new_writer.close()
+        async with connected(proxy):
+            pass
+
+
+async def test_an_idle_connection_survives_a_black_hole() -> None:
+    async with (
+        echo() as port,
+        Proxy("127.0.0.1", port) as proxy,
+        connected(proxy) as (reader, writer),
+    ):
+        proxy.blackhole()
+        proxy.heal()
+        writer.write(b"still here")
+        assert await reader.readexactly(10) == b"still here"
+
+
+async def test_a_server_that_is_away_is_a_refused_connection() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        async with Proxy("127.0.0.1", taken.getsockname()[1]) as proxy:
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            with pytest.raises(ConnectionResetError):
+                await reader.readexactly(1)
+            writer.close()
+            assert proxy.counts.refused == 1
+
+
+async def test_a_proxy_ends_its_connections_with_itself() -> None:
+    async with echo() as port:
+        async with Proxy("127.0.0.1", port) as proxy:
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            writer.write(b"hello")
+            await reader.readexactly(5)
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+
+
+# The proxy understands Redis ------------------------------------------------------------------
+
+
+@pytest.fixture
+async def redis_proxy(redis: Redis) -> AsyncIterator[Proxy]:
+    keywords = redis.connection_pool.connection_kwargs
+    async with Proxy(keywords["host"], keywords["port"], dialogue=RedisDialogue) as proxy:
+        yield proxy
+
+
+async def test_the_reply_to_the_nth_push_is_lost_and_the_push_is_not(
+    redis: Redis, redis_proxy: Proxy
+) -> None:
+    number = redis.connection_pool.connection_kwargs["db"]
+    async with client_of(redis_proxy.port, timeout=SOON) as client:
+        await client.select(number)
+        await client.rpush("list", "1")
+        redis_proxy.lose_reply(2, to=b"RPUSH")
+        await client.rpush("list", "2")
+        await client.llen("list")
+        with pytest.raises(RedisTimeoutError):
+            await client.rpush("list", "3")
+    assert await redis.lrange("list", 0, -1) == [b"1", b"2", b"3"]
+    assert redis_proxy.counts.lost_replies == 1
+
+
+async def test_a_lost_reply_in_a_pipeline_takes_the_later_ones_along(
+    redis: Redis, redis_proxy: Proxy
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", redis_proxy.port)
+    number = redis.connection_pool.connection_kwargs["db"]
+    commands = [["SELECT", str(number)], *(["RPUSH", "list", "x" * 70_000] for _ in range(3))]
+    redis_proxy.lose_reply(2, to=b"RPUSH", then="reset")
+    for command in commands:
+        words = "".join(f"${len(word)}\r\n{word}\r\n" for word in command)
+        writer.write(f"*{len(command)}\r\n{words}".encode())
+    await eventually(lambda: redis_proxy.counts.lost_replies == 1)
+    with pytest.raises(ConnectionResetError):
+        await reader.readuntil(b"not to be found")
+    writer.close()
+    assert await redis.llen("list") >= 2
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_replies_of_every_shape_pass_unchanged(
+    redis: Redis, redis_proxy: Proxy, protocol: int
+) -> None:
+    keywords = redis.connection_pool.connection_kwargs
+    client = Redis(port=redis_proxy.port, db=keywords["db"], protocol=protocol)
+    try:
+        await client.hset("hash", mapping={"a": "1", "b": ""})
+        assert await client.hgetall("hash") == {b"a": b"1", b"b": b""}
+        assert await client.lrange("none", 0, -1) == []
+        assert await client.get("none") is None
+        with pytest.raises(ResponseError):
+            await client.lpush("hash", "1")
+        nested = await client.eval("return {1, {2, {}}, 'x\\r\\n$5'}", 0)
+        assert nested == [1, [2, []], b"x\r\n$5"]
+        async with client.pubsub() as channel:
+            await channel.subscribe("channel")
+            await redis.publish("channel", "news")
+            async with asyncio.timeout(CEILING):
+                while (message := await channel.get_message(timeout=1)) is None or (
+                    message["type"] == "subscribe"
+                ):
+                    pass
+            assert message["data"] == b"news"
+        assert redis_proxy.counts.requests >= 6
+    finally:
+        await client.aclose()
+
+
+async def test_a_proxy_that_cannot_read_cannot_lose_a_reply() -> None:
+    async with Proxy("127.0.0.1", 1) as proxy:
+        with pytest.raises(ValueError, match="dialogue"):
+            proxy.lose_reply()
+
+
+# The proxy understands PostgreSQL -------------------------------------------------------------
+
+
+async def test_the_reply_to_commit_is_lost_and_the_rows_are_there(postgres: Database) -> None:
+    async with (
+        Proxy(postgres.host, postgres.port, dialogue=PostgresDialogue) as proxy,
+        session_of(postgres) as direct,
+        session_of(postgres, proxy.port) as session,
+    ):
+        await session.execute("CREATE TABLE facts (fact integer)")
+        proxy.lose_reply(2, to=b"COMMIT")
+        for fact in (1, 2):
+            transaction = session.transaction()
+            await transaction.start()
+            await session.execute("INSERT INTO facts VALUES ($1)", fact)
+            if fact == 1:
+                await transaction.commit()
+        with pytest.raises(TimeoutError):
+            await session.execute("COMMIT", timeout=SOON)
+        assert proxy.counts.lost_replies == 1
+        assert await direct.fetchval("SELECT array_agg(fact ORDER BY fact) FROM facts") == [1, 2]
+
+
+async def test_a_lost_commit_may_also_end_in_a_reset(postgres: Database) -> None:
+    async with (
+        Proxy(postgres.host, postgres.port, dialogue=PostgresDialogue) as proxy,
+        session_of(postgres, proxy.port) as session,
+    ):
+        proxy.lose_reply(to=b"COMMIT", then="reset")
+        with pytest.raises((OSError, asyncpg.PostgresConnectionError)):
+            async with session.transaction():
+                await session.execute("CREATE TABLE facts (fact integer)")
+        async with session_of(postgres) as direct:
+            assert await direct.fetchval("SELECT to_regclass('facts') IS NOT NULL")
+
+
+async def test_copy_and_large_results_pass_a_reading_proxy(postgres: Database) -> None:
+    async with (
+        Proxy(postgres.host, postgres.port, dialogue=PostgresDialogue) as proxy,
+        session_of(postgres, proxy.port) as session,
+    ):
+        await session.execute("CREATE TABLE numbers (number integer)")
+        rows = [(number,) for number in range(50_000)]
+        await session.copy_records_to_table("numbers", records=rows)
+        assert await session.fetchval("SELECT array_agg(number ORDER BY number) FROM numbers") == [
+            number for (number,) in rows
+        ]
+
+
+# Redis ----------------------------------------------------------------------------------------
+
+
+async def test_a_frozen_redis_answers_nobody_and_then_goes_on(private_redis: RedisServer) -> None:
+    async with client_of(private_redis.port, timeout=SOON) as client:
+        await client.ping()
+        with redis_faults.frozen(private_redis), pytest.raises(RedisTimeoutError):
+            await client.ping()
+        async with client_of(private_redis.port) as other:
+            assert await other.ping()
+
+
+async def test_a_killed_redis_refuses_and_comes_back_with_its_data(
+    private_redis: RedisServer,
+) -> None:
+    async with client_of(private_redis.port) as client:
+        await client.set("key", "value")
+        private_redis.kill()
+        with pytest.raises(RedisConnectionError):
+            await client.ping()
+        private_redis.start()
+        assert await client.get("key") == b"value"
+
+
+async def test_paused_clients_wait(private_redis: RedisServer) -> None:
+    async with client_of(private_redis.port) as admin, client_of(private_redis.port) as client:
+        await client.ping()
+        start = asyncio.get_running_loop().time()
+        await redis_faults.pause_clients(admin, 0.5)
+        assert await client.set("key", "value")
+        assert asyncio.get_running_loop().time() - start >= 0.45
+
+
+async def test_a_full_memory_refuses_pushes_and_lets_read_and_trim(
+    private_redis: RedisServer,
+) -> None:
+    async with client_of(private_redis.port) as client:
+        await client.rpush("list", *range(10))
+        async with redis_faults.memory_full(client):
+            with pytest.raises(OutOfMemoryError):
+                await client.rpush("list", "more")
+            assert len(await client.lrange("list", 0, -1)) == 10
+            assert await client.ltrim("list", 5, -1)
+        assert await client.rpush("list", "more") == 6
+
+
+async def test_a_read_only_redis_refuses_writes_and_keeps_its_data(
+    private_redis: RedisServer,
+) -> None:
+    async with client_of(private_redis.port) as client:
+        await client.set("key", "value")
+        async with redis_faults.read_only(client):
+            with pytest.raises(ReadOnlyError):
+                await client.set("key", "other")
+            assert await client.get("key") == b"value"
+        assert await client.set("key", "other")
+
+
+async def test_restarts_with_nothing_an_older_copy_and_without_the_tail(
+    private_redis: RedisServer, tmp_path: Path
+) -> None:
+    async def read() -> list[bytes | str]:
+        async with client_of(private_redis.port) as client:
+            return await client.lrange("list", 0, -1)
+
+    async with client_of(private_redis.port) as client:
+        await client.rpush("list", "1")
+        copy = redis_faults.copy_data(private_redis, tmp_path / "copy")
+        await client.rpush("list", "2")
+        await client.rpush("list", "3")
+    redis_faults.restart_without_tail(private_redis, 1)
+    assert await read() == [b"1", b"2"]
+    redis_faults.restart_from(private_redis, copy)
+    assert await read() == [b"1"]
+    redis_faults.restart_empty(private_redis)
+    assert await read() == []
+    with pytest.raises(ValueError, match="no more than"):
+        redis_faults.restart_without_tail(private_redis, 1 << 30)
+
+
+@pytest.fixture
+def small_directory(root: Path, tmp_path: Path) -> Iterator[Path]:  # noqa: ARG001  # skips without
+    tmp_path.parent.chmod(0o755)
+    directory = tmp_path / "small"
+    directory.mkdir()
+    with small_file_system(directory, 160) as mounted:
+        yield mounted
+
+
+async def test_a_redis_on_a_full_disk_refuses_writes_until_there_is_room(
+    root: Path, small_directory: Path
+) -> None:
+    server = RedisServer(root, small_directory)
+    try:
+        server.start()
+        async with client_of(server.port) as client:
+            await client.set("key", "value")
+
+            async def is_refused() -> bool:
+                try:
+                    await client.rpush("list", "x" * 10_000)
+                except RedisError as error:
+                    return "MISCONF" in str(error)
+                return False
+
+            async def is_taken() -> bool:
+                return not await is_refused()
+
+            with filled(small_directory):
+                await eventually(is_refused)
+                assert await client.get("key") == b"value"
+            await eventually(is_taken)
+    finally:
+        server.kill()
+
+
+# PostgreSQL -----------------------------------------------------------------------------------
+
+
+async def test_terminated_backends_are_gone(private_postgres: PostgresServer) -> None:
+    database = database_of(private_postgres)
+    async with session_of(database) as one, session_of(database) as other:
+        assert await postgres_faults.terminate_backends(database) == 2
+        for session in (one, other):
+            with pytest.raises((OSError, asyncpg.PostgresError, asyncpg.InterfaceError)):
+                await session.execute("SELECT 1")
+        async with session_of(database) as new:
+            assert await new.fetchval("SELECT 1") == 1
+
+
+async def test_an_immediate_restart_recovers_what_was_committed(
+    private_postgres: PostgresServer,
+) -> None:
+    database = database_of(private_postgres)
+    async with session_of(database) as session:
+        await session.execute("CREATE TABLE facts (fact integer)")
+        await session.execute("INSERT INTO facts VALUES (1)")
+        await session.execute("BEGIN; INSERT INTO facts VALUES (2)")
+        postgres_faults.restart_immediately(private_postgres)
+        with pytest.raises((OSError, asyncpg.PostgresError, asyncpg.InterfaceError)):
+            await session.execute("COMMIT")
+    async with session_of(database) as session:
+        assert await session.fetchval("SELECT array_agg(fact) FROM facts") == [1]
+    assert "was not properly shut down" in private_postgres.log_tail(100)
+
+
+async def test_a_locked_table_lets_writers_wait(postgres: Database) -> None:
+    async with session_of(postgres) as session:
+        await session.execute("CREATE TABLE facts (fact integer); SET lock_timeout = '100ms'")
+        async with postgres_faults.table_locked(postgres, "facts"):
+            with pytest.raises(asyncpg.LockNotAvailableError):
+                await session.execute("INSERT INTO facts VALUES (1)")
+        await session.execute("INSERT INTO facts VALUES (1)")
+
+
+async def test_a_read_only_database_refuses_writes_of_everybody(postgres: Database) -> None:
+    async with session_of(postgres) as session:
+        await session.execute("CREATE TABLE facts (fact integer)")
+    async with postgres_faults.read_only(postgres), session_of(postgres) as session:
+        assert await session.fetchval("SELECT count(*) FROM facts") == 0
+        with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+            await session.execute("INSERT INTO facts VALUES (1)")
+    async with session_of(postgres) as session:
+        await session.execute("INSERT INTO facts VALUES (1)")
+
+
+async def test_a_role_without_connections_is_refused(private_postgres: PostgresServer) -> None:
+    private_postgres.execute("CREATE ROLE writer LOGIN")
+    database = replace(database_of(private_postgres), user="writer")
+    async with session_of(database) as session, postgres_faults.connections_refused(database):
+        with pytest.raises(asyncpg.TooManyConnectionsError):
+            await asyncpg.connect(database.dsn, timeout=CEILING)
+        with pytest.raises((OSError, asyncpg.PostgresError, asyncpg.InterfaceError)):
+            await session.execute("SELECT 1")
+    async with session_of(database) as session:
+        assert await session.fetchval("SELECT 1") == 1
+    with pytest.raises(ValueError, match="superuser"):
+        async with postgres_faults.connections_refused(database_of(private_postgres)):
+            pass
+
+
+async def test_a_postgres_on_a_full_disk_refuses_rows_until_there_is_room(
+    root: Path, small_directory: Path
+) -> None:
+    server = PostgresServer(
+        root, small_directory, options={"min_wal_size": "32MB", "max_wal_size": "48MB"}
+    )
+    grow = "INSERT INTO facts SELECT generate_series(1, 20000)"
+    try:
+        server.start()
+        async with session_of(database_of(server)) as session:
+            await session.execute("CREATE TABLE facts (fact integer)")
+            with filled(small_directory):
+                with pytest.raises(asyncpg.DiskFullError):
+                    await session.execute(grow)
+                assert await session.fetchval("SELECT count(*) FROM facts") == 0
+            await session.execute(grow)
+            assert await session.fetchval("SELECT count(*) FROM facts") == 20000
+    finally:
+        server.kill()
