@@ -1,1 +1,21 @@
-"""The operator's command."""
+"""The operator's command: one module a group of commands, registered here."""
+
+import typer
+
+from sluice.cli.audit import audit
+from sluice.cli.gaps import gaps
+from sluice.cli.run import run, stop
+
+app = typer.Typer(
+    name="sluice",
+    help="Records crypto markets into TimescaleDB without losing anything, and can prove it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # they print the values of variables, passwords too
+)
+for command in (run, stop, gaps, audit):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
