@@ -6,11 +6,14 @@ An adapter never waits and never loops. It says how to ask (paths, messages), ho
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 
 from sluice.records import Kline, Level, Ticker, Trade
+
+MAX_TRACKED_ID: Final = 2**53 - 1
+"""The highest id that a double tells from its neighbours; adapters refuse what is above it."""
 
 
 class Depth(msgspec.Struct, frozen=True):

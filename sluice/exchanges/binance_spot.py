@@ -17,6 +17,7 @@ from typing import Final, Literal, TypeVar
 import msgspec
 
 from sluice.exchanges.base import (
+    MAX_TRACKED_ID,
     BadFrameError,
     Depth,
     DepthImage,
@@ -30,8 +31,6 @@ from sluice.exchanges.base import (
 from sluice.records import Kline, Level, Ticker, Trade, is_decimal, is_positive
 
 MICROS_PER_MS: Final = 1000
-MAX_TRACKED_ID: Final = 2**53 - 1
-"""JSON numbers above it do not survive every parser; no id of the venue is near it."""
 _MAX_MS: Final = 253_402_300_799_999
 # fmt: off
 INTERVALS: Final = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h",
@@ -160,18 +159,18 @@ class _Error(_Wire):
 
 
 class _Bare(_Wire):
-    """Anything unwrapped: an event, a reply, or an error as printed (flat) or as seen (nested)."""
+    """Anything unwrapped: an event, a reply, or an error as printed (flat) or as seen (nested).
 
+    With `stream` it is wrapped after all, only not in the order that the venue keeps to.
+    """
+
+    stream: str | None = None
     e: str | None = None
     id: int | str | None = None
     result: object = msgspec.UNSET
     error: _Error | None = None
     code: int | None = None
     msg: str | None = None
-
-
-class _Named(_Wire):
-    e: str | None = None
 
 
 class _RestTrade(_Wire):
@@ -242,7 +241,6 @@ _MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _wrapped = msgspec.json.Decoder(_Wrapped)
 _event = msgspec.json.Decoder(_Event)
 _bare = msgspec.json.Decoder(_Bare)
-_named = msgspec.json.Decoder(_Named)
 _KNOWN: Final = frozenset(
     ("trade", "kline", "24hrTicker", "24hrMiniTicker", "depthUpdate", "serverShutdown")
 )
@@ -296,17 +294,17 @@ class BinanceSpot:
         """Read one frame, wrapped or bare; raises BadFrameError."""
         try:
             if frame.startswith(b'{"stream":'):
-                wrapped = _wrapped.decode(frame)
-                data: bytes | msgspec.Raw = wrapped.data
-            else:
-                data = frame
-            try:
-                event = _event.decode(data)
-            except msgspec.ValidationError:
-                return self._read_other(data)
-            return self._convert(event, ts_recv)
+                return self._read_event(_wrapped.decode(frame).data, ts_recv)
+            return self._read_event(frame, ts_recv)
         except _MALFORMED as error:
             raise BadFrameError(str(error)) from error
+
+    def _read_event(self, data: bytes | msgspec.Raw, ts_recv: int) -> list[Message]:
+        try:
+            event = _event.decode(data)
+        except msgspec.ValidationError:
+            return self._read_other(data, ts_recv)
+        return self._convert(event, ts_recv)
 
     def _convert(self, event: _Event, ts_recv: int) -> list[Message]:
         match event:
@@ -325,11 +323,13 @@ class BinanceSpot:
             case _:
                 return [ServerShutdown(_micros(event.E))]
 
-    def _read_other(self, data: bytes | msgspec.Raw) -> list[Message]:
+    def _read_other(self, data: bytes | msgspec.Raw, ts_recv: int) -> list[Message]:
         """Read a reply, or tell an event of no interest from a malformed one."""
         if not bytes(data).lstrip().startswith(b"{"):
             raise BadFrameError("no JSON object")
         bare = _bare.decode(data)
+        if bare.stream is not None and isinstance(data, bytes):
+            return self._read_event(_wrapped.decode(data).data, ts_recv)
         if bare.e in _KNOWN:
             raise BadFrameError(f"a malformed {bare.e} event")
         if bare.error is not None:
