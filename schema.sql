@@ -370,13 +370,19 @@ BEGIN
             || ' WITH NO DATA';
         -- Without a lower bound every late row is caught up with. Once raw rows are dropped a
         -- bound below their age must be set: a refresh over dropped rows deletes their candles.
+        -- Newest first, which is usual since 2.21, hides what a first refresh has not come to yet.
         EXECUTE format(
             'SELECT add_continuous_aggregate_policy(%L, start_offset => NULL,'
-            ' end_offset => %L::interval, schedule_interval => %L::interval)',
-            level.name, level.end_offset, level.schedule);
+            ' end_offset => %L::interval, schedule_interval => %L::interval %s)',
+            level.name, level.end_offset, level.schedule,
+            CASE WHEN EXISTS (
+                SELECT FROM pg_proc WHERE proname = 'add_continuous_aggregate_policy'
+                    AND 'refresh_newest_first' = ANY (proargnames)
+            ) THEN ', refresh_newest_first => false' ELSE '' END);
     END LOOP;
 
     IF is_community THEN
+        EXECUTE format($definition$
         CREATE OR REPLACE PROCEDURE refresh_candles(from_time timestamptz, to_time timestamptz)
         LANGUAGE plpgsql AS $procedure$
         DECLARE
@@ -405,10 +411,18 @@ BEGIN
             LOOP
                 IF level.from_bucket < level.to_bucket THEN
                     CALL refresh_continuous_aggregate(
-                        level.name::regclass, level.from_bucket, level.to_bucket);
+                        level.name::regclass, level.from_bucket, level.to_bucket %s);
                 END IF;
             END LOOP;
-        END $procedure$;
+        END $procedure$
+        $definition$,
+            CASE WHEN EXISTS (
+                SELECT FROM pg_proc WHERE proname = 'refresh_continuous_aggregate'
+                    AND 'options' = ANY (proargnames)
+            ) THEN $options$
+                        , options => '{"refresh_newest_first": false, "buckets_per_batch": 1440}'
+                        $options$
+            ELSE '' END);
     ELSE
         EXECUTE $definition$
         CREATE OR REPLACE PROCEDURE refresh_candles(from_time timestamptz, to_time timestamptz)

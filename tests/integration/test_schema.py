@@ -12,19 +12,21 @@ import random
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import asyncpg
 import pytest
 
+from tests.conftest import Shared
+from tests.servers import SCHEMA, Database, execute, fresh_database, schema_template
+
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = (ROOT / "schema.sql").read_text(encoding="utf-8")
 EXAMPLES = re.findall(
     r"```sql\n(.*?)```", (ROOT / "docs" / "sql.md").read_text(encoding="utf-8"), re.DOTALL
 )
@@ -40,44 +42,59 @@ DAY = datetime(2026, 3, 1, tzinfo=UTC)
 Row = dict[str, Any]
 
 
-@pytest.fixture(params=["own", "community"])
-def server(request: pytest.FixtureRequest) -> str:
-    """Give a superuser's address of the suite's server, then of one of the Community edition."""
-    if request.param == "own":
-        return str(request.getfixturevalue("postgres").dsn)
+@dataclass(frozen=True)
+class Server:
+    """Where databases are made, and which of them has the schema to copy."""
+
+    administration: Database
+    template: str
+
+
+@pytest.fixture(scope="session")
+def community() -> Iterator[Server]:
+    """Give the server of the Community edition."""
     if (dsn := os.environ.get("SLUICE_COMMUNITY_DSN")) is None:
         pytest.skip("SLUICE_COMMUNITY_DSN names no server of the Community edition")
-    return dsn
+    parts = urlsplit(dsn)
+    administration = Database(
+        parts.hostname or "",
+        parts.port or 5432,
+        unquote(parts.username or ""),
+        unquote(parts.password or ""),
+        parts.path.removeprefix("/"),
+    )
+    with schema_template(administration) as template:
+        yield Server(administration, template)
+
+
+@pytest.fixture(params=["suite", "community"])
+def server(request: pytest.FixtureRequest) -> Server:
+    """Give the suite's server, then the one of the Community edition."""
+    if request.param == "suite":
+        shared: Shared = request.getfixturevalue("shared")
+        return Server(shared.administration, shared.template)
+    community: Server = request.getfixturevalue("community")
+    return community
 
 
 @pytest.fixture
-async def blank(server: str) -> AsyncIterator[str]:
+def blank(server: Server) -> Iterator[str]:
     """Give the address of a database with nothing in it."""
-    name = f"sluice_test_{secrets.token_hex(6)}"
-    administrator = await asyncpg.connect(server)
-    try:
-        await administrator.execute(f'CREATE DATABASE "{name}" TEMPLATE template0')
-        try:
-            yield urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
-        finally:
-            await administrator.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    finally:
-        await administrator.close()
+    with fresh_database(server.administration) as database:
+        yield database.dsn
 
 
 @pytest.fixture
-async def dsn(blank: str) -> str:
-    """Give the address of a fresh database with the schema, and with its background jobs off."""
-    await _apply(blank)
-    connection = await asyncpg.connect(blank)
-    try:
-        if await _is_community(connection):
-            await connection.execute(
-                "SELECT alter_job(job_id, scheduled => false) FROM timescaledb_information.jobs"
-            )
-    finally:
-        await connection.close()
-    return blank
+def dsn(server: Server) -> Iterator[str]:
+    """Give the address of a database with the schema, and with its background jobs off."""
+    with fresh_database(server.administration, template=server.template) as database:
+        execute(
+            database,
+            "DO $$ BEGIN IF current_setting('timescaledb.license') = 'timescale' THEN"
+            " PERFORM alter_job(job_id, scheduled => false) FROM timescaledb_information.jobs;"
+            " END IF; END $$",
+        )
+        yield database.dsn
 
 
 @pytest.fixture
@@ -330,6 +347,20 @@ async def test_a_changed_edition_gets_its_own_kind_of_candles(
         == 4
     )
     await _assert_candles_are_of(database, trades)
+
+
+async def test_a_first_refresh_hides_nothing_it_has_not_come_to(
+    database: asyncpg.Connection,
+) -> None:
+    if not await _is_community(database):
+        pytest.skip("the Apache edition refreshes nothing by itself")
+
+    orders = await database.fetch(
+        "SELECT config ->> 'refresh_newest_first' AS newest_first FROM timescaledb_information.jobs"
+        " WHERE proc_name = 'policy_refresh_continuous_aggregate'"
+    )
+
+    assert [row["newest_first"] for row in orders] == ["false"] * 4
 
 
 async def test_a_redelivered_batch_adds_only_what_is_new_to_compressed_chunks(
@@ -667,7 +698,7 @@ REFUSED = {
 async def test_a_role_may_do_its_work_and_nothing_else(
     dsn: str, database: asyncpg.Connection, role: str
 ) -> None:
-    member = f"test_{secrets.token_hex(6)}"
+    member = f"sluice_test_{secrets.token_hex(6)}"
     password = secrets.token_hex(16)
     await database.execute(f"CREATE ROLE {member} LOGIN PASSWORD '{password}' IN ROLE {role}")
     try:
@@ -691,6 +722,8 @@ async def test_a_role_may_do_its_work_and_nothing_else(
 
 
 async def test_a_reader_is_read_only_and_bounded_in_time(database: asyncpg.Connection) -> None:
+    await database.execute(SCHEMA)  # a copied database has no settings of roles
+
     settings = await database.fetchval(
         "SELECT setconfig FROM pg_db_role_setting AS s JOIN pg_database AS d ON d.oid = setdatabase"
         " WHERE datname = current_database() AND setrole = 'sluice_reader'::regrole"
@@ -699,25 +732,27 @@ async def test_a_reader_is_read_only_and_bounded_in_time(database: asyncpg.Conne
     assert set(settings) == {"default_transaction_read_only=on", "statement_timeout=30s"}
 
 
-async def test_a_plain_owner_of_a_database_may_run_it(server: str) -> None:
-    owner = f"test_{secrets.token_hex(6)}"
+async def test_a_plain_owner_of_a_database_may_run_it(server: Server) -> None:
+    owner = f"sluice_test_{secrets.token_hex(6)}"
     password = secrets.token_hex(16)
-    administrator = await asyncpg.connect(server)
+    execute(
+        server.administration,
+        f"CREATE ROLE {owner} LOGIN PASSWORD '{password}'",
+        f"CREATE DATABASE {owner} OWNER {owner} TEMPLATE template0",
+    )
     try:
-        await administrator.execute(f"CREATE ROLE {owner} LOGIN PASSWORD '{password}'")
+        theirs = replace(server.administration, user=owner, password=password, database=owner)
+        connection = await asyncpg.connect(theirs.dsn)
         try:
-            await administrator.execute(f"CREATE DATABASE {owner} OWNER {owner} TEMPLATE template0")
-            dsn = urlunsplit(urlsplit(server)._replace(path=f"/{owner}"))
-            connection = await asyncpg.connect(dsn, user=owner, password=password)
-            try:
-                for _ in range(2):
-                    await connection.execute(SCHEMA)
-                await _insert(connection, "trades", [GOOD["trades"]])
-                assert await connection.fetchval("SELECT count(*) FROM candles_1d") == 1
-            finally:
-                await connection.close()
+            for _ in range(2):
+                await connection.execute(SCHEMA)
+            await _insert(connection, "trades", [GOOD["trades"]])
+            assert await connection.fetchval("SELECT count(*) FROM candles_1d") == 1
         finally:
-            await administrator.execute(f"DROP DATABASE IF EXISTS {owner} WITH (FORCE)")
-            await administrator.execute(f"DROP ROLE {owner}")
+            await connection.close()
     finally:
-        await administrator.close()
+        execute(
+            server.administration,
+            f"DROP DATABASE {owner} WITH (FORCE)",
+            f"DROP ROLE {owner}",
+        )
