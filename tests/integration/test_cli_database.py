@@ -1,0 +1,70 @@
+"""`sluice db` on a real server."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from sluice.cli.database import app
+from tests.servers import Database, execute
+
+
+@pytest.fixture
+def runner(postgres: Database, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    """Give a runner of commands whose settings lead to the test's database."""
+    for name, value in postgres.environment.items():
+        monkeypatch.setenv(name, value)
+    return CliRunner()
+
+
+def _faults(runner: CliRunner) -> set[str]:
+    result = runner.invoke(app, ["check", "--json"])
+    faults = {finding["what"] for finding in json.loads(result.stdout) if not finding["is_sound"]}
+    assert result.exit_code == bool(faults), result.output
+    return faults
+
+
+def test_a_database_is_made_and_made_again(runner: CliRunner, postgres: Database) -> None:
+    execute(postgres, "DROP TABLE tickers", "DROP VIEW book_tops")
+
+    for _ in range(2):
+        assert runner.invoke(app, ["init"]).exit_code == 0
+
+    execute(postgres, "SELECT FROM tickers, book_tops")
+
+
+def test_a_check_names_what_is_not_sound(runner: CliRunner, postgres: Database) -> None:
+    # The test's server need not be sound itself: it may run without fsync.
+    before = _faults(runner)
+    execute(
+        postgres,
+        f'ALTER DATABASE "{postgres.database}" SET synchronous_commit = off',
+        "INSERT INTO schema_version (version) VALUES (1000)",
+    )
+
+    after = _faults(runner)
+
+    assert after - before == {"synchronous_commit", "schema"}
+
+
+def test_a_database_without_the_schema_is_not_sound(runner: CliRunner, postgres: Database) -> None:
+    execute(postgres, "DROP TABLE schema_version")
+
+    assert "schema" in _faults(runner)
+
+
+def test_candles_of_closed_days_are_stored(runner: CliRunner, postgres: Database) -> None:
+    execute(
+        postgres,
+        "INSERT INTO trades"
+        " (market_id, time, trade_id, first_id, price, quantity, side, received_at)"
+        " VALUES (1, date_trunc('day', now()) - INTERVAL '30 hours', 1, 1, 5, 1, 'buy', now())",
+    )
+
+    assert runner.invoke(app, ["candles"]).exit_code == 0
+
+    execute(
+        postgres,
+        "SELECT drop_chunks('trades', now())",
+        "DO $$ BEGIN ASSERT (SELECT close FROM candles_1m) = 5; END $$",
+    )
