@@ -17,10 +17,9 @@ from typing import cast
 
 from aiohttp import WSMsgType, web
 
-from sluice.simulator.config import SimulatorConfig
-from sluice.simulator.faults import CONNECTION, CONTROL, Faults, Order
+from sluice.simulator.exchange import Exchange
+from sluice.simulator.faults import CONNECTION, CONTROL, Order
 from sluice.simulator.frames import Opcode, close, frame
-from sluice.simulator.hub import Hub
 
 GOOD_BYE = 1000
 POLICY_VIOLATION = 1008
@@ -45,19 +44,14 @@ class _RefusedError(Exception):
 class Connection:
     """One open socket; the hub's subscriber."""
 
-    def __init__(  # noqa: PLR0917 - what a connection stands between
+    def __init__(
         self,
         number: int,
         transport: asyncio.Transport,
-        config: SimulatorConfig,
-        hub: Hub,
-        faults: Faults,
-        log: Callable[..., None],
+        exchange: Exchange,
         *,
         is_combined: bool,
         is_in_microseconds: bool,
-        is_known: Callable[[str], bool],
-        now: Callable[[], int],
     ) -> None:
         self.number = number
         self.is_combined = is_combined
@@ -65,12 +59,9 @@ class Connection:
         self.streams: dict[str, None] = {}
         self.sent = 0
         self._transport = transport
-        self._config = config
-        self._hub = hub
-        self._faults = faults
-        self._log = log
-        self._is_known = is_known
-        self._now = now
+        self._exchange = exchange
+        self._config = exchange.config
+        self._faults = exchange.faults
         self._loop = asyncio.get_running_loop()
         self._outbox: list[bytes] = []
         self._is_flush_due = False
@@ -124,7 +115,7 @@ class Connection:
             self._transport.write(data)
             size = self._transport.get_write_buffer_size()
         if size > self._config.max_buffered:
-            self._log("overload", connection=self.number, bytes=size)
+            self._exchange.log("overload", connection=self.number, bytes=size)
             self.abort()
 
     def _trickle(self) -> None:
@@ -160,12 +151,12 @@ class Connection:
             return
         self._write(close(code, reason))
         self._is_closing = True
-        self._log("close", connection=self.number, code=code, reason=reason)
+        self._exchange.log("close", connection=self.number, code=code, reason=reason)
         self._later(_CLOSE_TIMEOUT, self._transport.close)
 
     def announce_shutdown(self, grace: float) -> None:
         """Send `serverShutdown`, and close with 1001 after `grace` seconds."""
-        event = b'{"e":"serverShutdown","E":%d}' % self._now()
+        event = b'{"e":"serverShutdown","E":%d}' % self._exchange.now()
         if self.is_combined:
             event = b'{"stream":"!serverShutdown","data":%b}' % event
         self.send(frame(event))
@@ -177,7 +168,7 @@ class Connection:
             timer.cancel()
         self._timers.clear()
         for stream in self.streams:
-            self._hub.unsubscribe(stream, self)
+            self._exchange.hub.unsubscribe(stream, self)
         self._transport.close()
 
     # -- faults
@@ -334,7 +325,7 @@ class Connection:
             case "UNSUBSCRIBE":
                 for name in _names(request):
                     self.streams.pop(name, None)
-                    self._hub.unsubscribe(name, self)
+                    self._exchange.hub.unsubscribe(name, self)
             case "LIST_SUBSCRIPTIONS":
                 return list(self.streams)
             case "GET_PROPERTY":
@@ -350,7 +341,7 @@ class Connection:
     def _subscribe_all(self, names: list[str]) -> None:
         if self._config.are_unknown_symbols_refused:
             for name in names:
-                if not self._is_known(name):
+                if not self._exchange.knows(name):
                     raise _RefusedError(2, "Invalid request: unknown stream", data=name)
         if len(self.streams | dict.fromkeys(names)) > self._config.max_streams:
             self.close(POLICY_VIOLATION, "Too many streams")
@@ -361,8 +352,8 @@ class Connection:
 
     def _subscribe(self, stream: str) -> None:
         self.streams[stream] = None
-        self._hub.subscribe(stream, self)
-        self._log("subscribe", connection=self.number, stream=stream)
+        self._exchange.subscribe(stream, self)
+        self._exchange.log("subscribe", connection=self.number, stream=stream)
 
 
 def _print(value: object) -> bytes:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TextIO
 from sluice.simulator.config import SimulatorConfig
 from sluice.simulator.faults import Faults
 from sluice.simulator.feed import Feed
-from sluice.simulator.hub import Hub
+from sluice.simulator.hub import Hub, Subscriber
 from sluice.simulator.market import Instrument
 from sluice.simulator.tape import Tape
 
@@ -68,6 +68,13 @@ class Exchange:
         self.snapshot_asked[facts.symbol] = asyncio.Event()
         return feed
 
+    def subscribe(self, stream: str, subscriber: Subscriber) -> None:
+        """Send a stream to a subscriber from now on."""
+        self.hub.subscribe(stream, subscriber)
+        name, _, kind = stream.partition("@")
+        if kind.startswith("depth") and name.upper() in self.feeds:
+            self.feeds[name.upper()].listened()
+
     def knows(self, stream: str) -> bool:
         """Whether a stream is of a symbol that is listed."""
         return stream.startswith("!") or stream.partition("@")[0].upper() in self.tapes
@@ -86,7 +93,7 @@ class Exchange:
 
     async def ready(self) -> None:
         """Wait until the streams of `start_when` are subscribed and the source may run."""
-        while not all(self.hub.wants(stream) for stream in self.config.start_when):  # noqa: ASYNC110 - subscriptions come from many places, and only the start waits
+        while not all(self.hub.wants(stream) for stream in self.config.start_when):
             await asyncio.sleep(0.02)
         await self.is_running.wait()
 

@@ -6,7 +6,7 @@ and *recorded* by that code once it was injected.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -52,6 +52,10 @@ class Order:
     on: str = "*"
     after: int = 0
     options: Mapping[str, float] = field(default_factory=dict)
+
+    def fits(self, names: Iterable[str]) -> bool:
+        """Whether what has these names is to be hit; `*` also hits what has none."""
+        return self.on == "*" or any(fnmatchcase(name, self.on) for name in names)
 
     def number(self, name: str, default: float) -> float:
         """Read one option."""
@@ -129,7 +133,7 @@ class Faults:
     def draw(self, kinds: frozenset[str], *names: str) -> Order | None:
         """Give the fault to inject now into what has these names, if any, and count it off."""
         for order in self._orders:
-            if order.kind in kinds and any(fnmatchcase(name, order.on) for name in names):
+            if order.kind in kinds and order.fits(names):
                 if order.after:
                     order.after -= 1
                     continue

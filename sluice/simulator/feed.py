@@ -66,7 +66,7 @@ class Feed:
         self._best: tuple[int, ...] = ()
         self._pushed_bars: dict[tuple[str, str], int] = {}
         self._seen = (0, 0)
-        self._first_buffered: int | None = None  # of the first diff that is being listened to
+        self._first_heard: int | None = None  # update id of the newest listener's first diff
         self.next_edge = 0  # in the source's time
         self.skew = 0  # what is printed is the source's time and this many milliseconds
 
@@ -93,19 +93,17 @@ class Feed:
 
     def diff(self, first_id: int, payload: bytes) -> None:
         """Send a fast diff as a recording has it."""
-        stream = f"{self._name}@depth@100ms"
-        self._listen(stream, first_id)
-        self._publisher.publish(stream, payload)
+        if self._first_heard is None:
+            self._first_heard = first_id
+        self._publisher.publish(f"{self._name}@depth@100ms", payload)
 
-    def is_older_than_buffers(self, update_id: int) -> bool:
-        """Whether a book leaves a hole before the diffs that clients have been sent."""
-        return self._first_buffered is not None and update_id < self._first_buffered - 1
+    def is_older_than_heard(self, update_id: int) -> bool:
+        """Whether a book leaves a hole before the first diff that the newest listener heard."""
+        return self._first_heard is not None and update_id < self._first_heard - 1
 
-    def _listen(self, stream: str, first_id: int) -> None:
-        if not self._publisher.wants(stream):
-            self._first_buffered = None
-        elif self._first_buffered is None:
-            self._first_buffered = first_id
+    def listened(self) -> None:
+        """Take note of a new listener: the next fast diff is its first."""
+        self._first_heard = None
 
     def quote(self, payload: bytes | None = None) -> None:
         """Send the best bid and ask where they changed; `payload` where a recording has it."""
@@ -205,8 +203,8 @@ class Feed:
         if not batch.first_id:
             return
         stream = self._name + suffix
-        if batch is self._fast:
-            self._listen(stream, batch.first_id)
+        if batch is self._fast and self._first_heard is None:
+            self._first_heard = batch.first_id
         if self._publisher.wants(stream):
             book = self.tape.book
             bids = [(price, book.bids.get(price, 0)) for is_bid, price in batch.touched if is_bid]

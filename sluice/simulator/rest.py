@@ -204,7 +204,7 @@ class Rest:
         if (
             name != "depth"
             or feed is None
-            or not feed.is_older_than_buffers(feed.tape.book.oldest.update_id)
+            or not feed.is_older_than_heard(feed.tape.book.oldest.update_id)
         ):
             kinds -= {"stale_snapshot"}
         return frozenset(kinds)
@@ -218,9 +218,10 @@ class Rest:
                 body = whole[: len(whole) // 2]
             case "empty_page":
                 body = []
-            case "endless_page":  # always a full page, and never a step further
-                first = islice(self._exchange.tapes[symbol].trades, _limit(request))
-                body = [payloads.trade_row(trade) for trade in first]
+            case "endless_page":  # always rows, and never a step further
+                from_id = _number(request, "fromId", 0)
+                known = self._exchange.tapes[symbol].trades.before(from_id, _limit(request))
+                body = [payloads.trade_row(trade) for trade in known]
             case "stale_snapshot":
                 body = payloads.snapshot(self._exchange.tapes[symbol].book.oldest, MAX_LEVELS)
             case _:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from fnmatch import fnmatchcase
 from typing import Self
 from urllib.parse import unquote
 
@@ -116,7 +115,7 @@ class Simulator:
             for connection in self.connections.values()
             if connection.is_open
             and (number is None or connection.number == number)
-            and (order.on == "*" or any(fnmatchcase(name, order.on) for name in connection.streams))
+            and order.fits(connection.streams)
         ]
         for connection in chosen:
             connection.injure(order)
@@ -155,14 +154,9 @@ class Simulator:
         connection = Connection(
             self._opened,
             request.transport,
-            self.config,
-            exchange.hub,
-            exchange.faults,
-            exchange.log,
+            exchange,
             is_combined=is_combined,
             is_in_microseconds=request.query.get("timeUnit", "").upper() == "MICROSECOND",
-            is_known=exchange.knows,
-            now=exchange.now,
         )
         self.connections[connection.number] = connection
         exchange.log("connect", connection=connection.number, path=request.path_qs)

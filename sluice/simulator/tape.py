@@ -94,6 +94,12 @@ class TradeLog:
         for index in range(bisect_left(self._ids, trade_id), len(self._ids)):
             yield self.at(index)
 
+    def before(self, trade_id: int, limit: int) -> Iterator[Trade]:
+        """Give the last `limit` trades with lower ids, ascending."""
+        end = bisect_left(self._ids, trade_id)
+        for index in range(max(0, end - limit), end):
+            yield self.at(index)
+
     def newest(self, limit: int) -> Iterator[Trade]:
         """Give the last `limit` trades, ascending."""
         for index in range(max(0, len(self._ids) - limit), len(self._ids)):
