@@ -207,7 +207,9 @@ class SheetClient:
                         json.dumps({"method": "SUBSCRIBE", "params": names, "id": self.connects})
                     )
                     while True:
-                        frame = await asyncio.wait_for(socket.recv(), self.silence)
+                        # Not wait_for: in Python 3.11 it swallows a cancel at its deadline.
+                        async with asyncio.timeout(self.silence):
+                            frame = await socket.recv()
                         delay = 0.05
                         self._frame(frame)
             await asyncio.sleep(delay * (0.5 + random.random()))

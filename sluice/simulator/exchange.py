@@ -93,7 +93,7 @@ class Exchange:
 
     async def ready(self) -> None:
         """Wait until the streams of `start_when` are subscribed and the source may run."""
-        while not all(self.hub.wants(stream) for stream in self.config.start_when):
+        while not all(self.hub.wants(stream) for stream in self.config.start_when):  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0.02)
         await self.is_running.wait()
 

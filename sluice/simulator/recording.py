@@ -205,7 +205,7 @@ class RecordingSource:
 
     async def _drained(self) -> None:
         await asyncio.sleep(0)
-        while self._exchange.hub.backlog() > HIGH_WATER:
+        while self._exchange.hub.backlog() > HIGH_WATER:  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0.002)
 
 
