@@ -2,8 +2,10 @@
 
 import typer
 
+from sluice.cli import database, queues
 from sluice.cli.audit import audit
 from sluice.cli.gaps import gaps
+from sluice.cli.install import install
 from sluice.cli.run import run, stop
 
 app = typer.Typer(
@@ -12,8 +14,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they print the values of variables, passwords too
 )
-for command in (run, stop, gaps, audit):
+for command in (run, stop, gaps, audit, install):
     app.command()(command)
+app.add_typer(database.app, name="db")
+app.add_typer(queues.app, name="queues")
 
 
 def main() -> None:

@@ -1,0 +1,86 @@
+"""`sluice install`: the systemd units, rendered for a prefix, a user and a number of shards."""
+
+import sys
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+SERVICES: Final = ("collector", "orderbook", "flusher")
+_SETTINGS: Final = """\
+# Sluice: what every process reads. See .env.example for all there is; passwords belong in
+# /etc/sluice/credentials, one file a setting, readable by root alone.
+SYMBOLS=binance:BTCUSDT,binance:ETHUSDT
+REDIS_HOST=127.0.0.1
+POSTGRES_HOST=127.0.0.1
+"""
+
+
+def templates() -> Traversable:
+    """Give the directory of unit templates: in a checkout, or inside the installed package."""
+    checkout = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
+    return checkout if checkout.is_dir() else resources.files("sluice").joinpath("systemd")
+
+
+def render(prefix: Path, user: str) -> dict[str, str]:
+    """Give every unit's text by its file name."""
+    return {
+        unit.name: unit.read_text(encoding="utf-8")
+        .replace("@PREFIX@", str(prefix))
+        .replace("@USER@", user)
+        for unit in sorted(templates().iterdir(), key=lambda unit: unit.name)
+    }
+
+
+def install(
+    prefix: Annotated[
+        Path, typer.Option(help="Where Sluice is installed; its bin/python is run.")
+    ] = Path(sys.prefix),
+    user: Annotated[str, typer.Option(help="The user the services run as.")] = "sluice",
+    shards: Annotated[int, typer.Option(min=1, max=64, help="Instances of orderbook.")] = 1,
+    root: Annotated[Path, typer.Option(help="Write below this instead of /.")] = Path("/"),
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+) -> None:
+    """Write the systemd units, and a settings file where there is none; says each thing it does.
+
+    Nothing is started. Exit code 1 where a file can not be written.
+    """
+    etc = root / "etc"
+    files = {etc / "systemd" / "system" / name: text for name, text in render(prefix, user).items()}
+    for shard in range(shards) if shards > 1 else ():
+        files[etc / "sluice" / f"orderbook-{shard}-a.env"] = f"BOOK_SHARD={shard}/{shards}\n"
+        files[etc / "sluice" / f"orderbook-{shard}-b.env"] = f"BOOK_SHARD={shard}/{shards}\n"
+    settings = etc / "sluice" / "sluice.env"
+    if settings.exists():
+        typer.echo(f"kept     {settings}")
+    else:
+        files[settings] = _SETTINGS
+    for name in ("redis_password", "postgres_password"):
+        credential = etc / "sluice" / "credentials" / name
+        if not credential.exists():
+            files[credential] = ""
+    for path, text in files.items():
+        typer.echo(f"{'would write' if dry_run else 'wrote'}    {path}")
+        if dry_run:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            if path.parent.name == "credentials":
+                path.chmod(0o600)
+        except OSError as error:
+            typer.echo(f"{path}: {error.strerror}", err=True)
+            raise typer.Exit(1) from error
+    instances = " ".join(
+        f"sluice-{service}@{shard}-a"
+        for service in SERVICES
+        for shard in range(shards if service == "orderbook" else 1)
+    )
+    typer.echo(
+        f"next: useradd --system {user}; fill in {settings};\n"
+        f"      systemctl daemon-reload && systemctl enable --now {instances} "
+        "sluice-maintain.timer sluice.target"
+    )
