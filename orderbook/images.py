@@ -21,7 +21,8 @@ from sluice.rest import RestClient, RestError
 AT_ONCE: Final = 4
 """How many requests of one priority may be under way: one that hangs must not stop the others."""
 FIRST_DELAY: Final = 0.2
-MOST_DELAY: Final = 30.0
+MOST_DELAY: Final = 5.0
+"""Seconds; what bounds the load on the venue is the budget, not this."""
 UNKNOWN_SYMBOL_DELAY: Final = 300.0
 _SERVED: Final = (Priority.LIVE_IMAGE, Priority.IMAGE, Priority.AUDIT)
 
