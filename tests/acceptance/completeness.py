@@ -88,6 +88,8 @@ async def complete(
 ) -> float:
     """Stop the market, wait until every market is accounted for; gives the seconds it took."""
     await asyncio.to_thread(running.control, "quiet", {})
+    # Trades that come well after the last fault: a loss at the very end shows only by asking.
+    await asyncio.sleep(2)
     await asyncio.to_thread(running.control, "source", {"action": "stop"})
     began = time.monotonic()
     while True:
