@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sluice.cli.database import app
+from tests.integration.test_schema import JOBS_OFF
 from tests.servers import Database, execute
 
 
@@ -56,6 +57,7 @@ def test_a_database_without_the_schema_is_not_sound(runner: CliRunner, postgres:
 def test_candles_of_closed_days_are_stored(runner: CliRunner, postgres: Database) -> None:
     execute(
         postgres,
+        JOBS_OFF,  # two refreshes of one range at once: the second is refused
         "INSERT INTO trades"
         " (market_id, time, trade_id, first_id, price, quantity, side, received_at)"
         " VALUES (1, date_trunc('day', now()) - INTERVAL '30 hours', 1, 1, 5, 1, 'buy', now())",

@@ -30,6 +30,13 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = re.findall(
     r"```sql\n(.*?)```", (ROOT / "docs" / "sql.md").read_text(encoding="utf-8"), re.DOTALL
 )
+JOBS_OFF = """
+    DO $$ BEGIN
+        IF current_setting('timescaledb.license') = 'timescale' THEN
+            PERFORM alter_job(job_id, scheduled => false) FROM timescaledb_information.jobs;
+        END IF;
+    END $$
+"""
 WIDTHS = {
     "candles_1m": timedelta(minutes=1),
     "candles_5m": timedelta(minutes=5),
@@ -53,9 +60,7 @@ class Server:
 @pytest.fixture(scope="session")
 def community() -> Iterator[Server]:
     """Give the server of the Community edition."""
-    if (dsn := os.environ.get("SLUICE_COMMUNITY_DSN")) is None:
-        pytest.skip("SLUICE_COMMUNITY_DSN names no server of the Community edition")
-    parts = urlsplit(dsn)
+    parts = urlsplit(os.environ["SLUICE_COMMUNITY_DSN"])
     administration = Database(
         parts.hostname or "",
         parts.port or 5432,
@@ -67,7 +72,9 @@ def community() -> Iterator[Server]:
         yield Server(administration, template)
 
 
-@pytest.fixture(params=["suite", "community"])
+@pytest.fixture(
+    params=["suite", "community"] if "SLUICE_COMMUNITY_DSN" in os.environ else ["suite"]
+)
 def server(request: pytest.FixtureRequest) -> Server:
     """Give the suite's server, then the one of the Community edition."""
     if request.param == "suite":
@@ -88,12 +95,7 @@ def blank(server: Server) -> Iterator[str]:
 def dsn(server: Server) -> Iterator[str]:
     """Give the address of a database with the schema, and with its background jobs off."""
     with fresh_database(server.administration, template=server.template) as database:
-        execute(
-            database,
-            "DO $$ BEGIN IF current_setting('timescaledb.license') = 'timescale' THEN"
-            " PERFORM alter_job(job_id, scheduled => false) FROM timescaledb_information.jobs;"
-            " END IF; END $$",
-        )
+        execute(database, JOBS_OFF)
         yield database.dsn
 
 
