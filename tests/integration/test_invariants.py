@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 
 import aiohttp
 import asyncpg
@@ -195,7 +194,7 @@ async def test_resources_are_what_the_process_really_holds() -> None:
     before = Resources.of_self()
     with ExitStack() as stack:
         for _ in range(7):
-            stack.enter_context(Path(os.devnull).open("rb"))
+            stack.enter_context(socket.socket())
         task = asyncio.create_task(asyncio.sleep(CEILING))
         ballast = b"x" * (64 << 20)
         now = Resources.of_self()
