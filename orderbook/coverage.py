@@ -8,6 +8,7 @@ none. Times are the exchange's, microseconds.
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,6 +61,7 @@ class Coverage:
         self._cover = redis.register_script(_COVER)
         self._until: dict[Market, int] = {}
         self._returns: list[tuple[float, Return]] = []
+        self._closing = asyncio.Event()
         self.windows = 0
 
     def covers(self, market: Market, ts_event: int) -> None:
@@ -70,14 +72,23 @@ class Coverage:
         """Note that a book is live again; whether anything was missed is judged a little later."""
         self._returns.append((time.monotonic() + SETTLE_SECONDS, back))
 
+    def close(self) -> None:
+        """Have `run` judge and note what is left, and end."""
+        self._closing.set()
+
     async def run(self) -> None:
-        """Keep the notes in Redis until cancelled."""
+        """Keep the notes in Redis until closed."""
         while True:
-            await asyncio.sleep(RENEWAL_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RENEWAL_SECONDS):
+                    await self._closing.wait()
+            is_final = self._closing.is_set()
             try:
-                await self.flush()
+                await self.flush(is_final=is_final)
             except (RedisError, OSError) as error:
                 logger.debug("coverage of books: not noted: {}", error)
+            if is_final:
+                return
 
     async def flush(self, *, is_final: bool = False) -> None:
         """Publish the windows missed, then move the notes on; raises redis' errors.

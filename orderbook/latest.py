@@ -109,6 +109,7 @@ class LatestBooks:
         self._changed: dict[Market, None] = {}
         self._lost: dict[Market, int] = {}
         self._wake = asyncio.Event()
+        self._is_closed = False
         self.written = 0
         self.refused = 0
         """Writes that a newer sync or update of another process had overtaken."""
@@ -125,9 +126,17 @@ class LatestBooks:
         self._lost[market] = sync_id
         self._wake.set()
 
+    def close(self) -> None:
+        """Have `run` do what is noted and end.
+
+        It is not cancelled: a write under way could then still reach Redis after a deletion.
+        """
+        self._is_closed = True
+        self._wake.set()
+
     async def run(self) -> None:
-        """Write and delete until cancelled."""
-        while True:
+        """Write and delete until closed."""
+        while not self._is_closed:
             await self._wake.wait()
             self._wake.clear()
             try:
@@ -139,6 +148,10 @@ class LatestBooks:
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 await asyncio.sleep(ROUND_SECONDS)
+        try:
+            await self.flush()
+        except (RedisError, OSError) as error:
+            logger.warning("latest books: not deleted at the end ({}); they expire", error)
 
     async def flush(self) -> None:
         """Do what was noted; raises redis' errors and leaves what was not done noted."""

@@ -4,14 +4,13 @@ import asyncio
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from loguru import logger
 from prometheus_client.core import Metric
-from redis.exceptions import RedisError
 
 from orderbook.coverage import Coverage
 from orderbook.images import ImageQueue
@@ -34,6 +33,8 @@ IMAGE_FACTOR: Final = 50
 """An image is this many times as deep as what is read, so that a book seldom outgrows it."""
 LEAST_IMAGE: Final = 1000
 LAST_WORDS_SECONDS: Final = 2.0
+"""How long deleting the hashes at the end may take; without Redis they expire."""
+CANCEL_SECONDS: Final = 0.2
 SHOWN: Final = 3
 """How many books the statistics line names."""
 
@@ -243,14 +244,13 @@ async def run(process: Process) -> None:
 
         publisher_stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            fitness = tasks.create_task(redis_is_fit(redis, process.health))
             publishing = tasks.create_task(publisher.run(publisher_stop))
             sources = [tasks.create_task(stream.run(stop)) for stream in books.feeds]
-            keeping = [
+            writing = [tasks.create_task(latest.run()), tasks.create_task(coverage.run())]
+            watching = [
                 tasks.create_task(work)
                 for work in (
-                    latest.run(),
-                    coverage.run(),
+                    redis_is_fit(redis, process.health),
                     _check(books),
                     _renew(books),
                     _audit(books, settings.book_audit_seconds),
@@ -258,15 +258,22 @@ async def run(process: Process) -> None:
                 )
             ]
             await stop.wait()
-            fitness.cancel()
-            if sources:
-                await asyncio.wait(sources)
-            for task in keeping:
-                task.cancel()
-            await asyncio.wait(keeping)
-            await _last_words(latest, coverage)
+            await asyncio.wait([asyncio.create_task(_gone(watching)), *sources])
+            latest.close()
+            coverage.close()
+            await asyncio.wait(writing, timeout=LAST_WORDS_SECONDS)
+            await _gone(writing)
             publisher_stop.set()
             await publishing
+
+
+async def _gone(tasks: Sequence["asyncio.Task[None]"]) -> None:
+    """Cancel tasks until they end: a client may take a cancellation for a timeout and go on."""
+    waiting = {task for task in tasks if not task.done()}
+    while waiting:
+        for task in waiting:
+            task.cancel()
+        _, waiting = await asyncio.wait(waiting, timeout=CANCEL_SECONDS)
 
 
 def _by_exchange(markets: Sequence[Market]) -> Mapping[str, list[str]]:
@@ -343,14 +350,3 @@ async def _audit(books: Books, seconds: float) -> None:
             keeper.audit()
         if not books.keepers:
             return
-
-
-async def _last_words(latest: LatestBooks, coverage: Coverage) -> None:
-    """Delete the hashes and note how far the books got; without Redis the hashes expire."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(LAST_WORDS_SECONDS):
-            try:
-                await latest.flush()
-                await coverage.flush(is_final=True)
-            except (RedisError, OSError) as error:
-                logger.warning("Redis is away at the end ({}); latest books expire", error)
