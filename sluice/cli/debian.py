@@ -58,7 +58,7 @@ def ensure_root(services: Path, say: Say) -> Path:
     else:
         root = services.resolve() / "root"
         if not is_root(root):
-            _build(root, say)
+            make_root(root, say)
     with locked(root.parent / f"{root.name}.lock"):
         if not (root / TEMPLATE).is_dir():
             _make_template(root)
@@ -77,7 +77,12 @@ def locked(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _build(root: Path, say: Say) -> None:
+def make_root(root: Path, say: Say) -> None:
+    """Make a root where there is none; a second call at the same time waits for the first.
+
+    Raises:
+        RootError: it could not be made; nothing of it is left.
+    """
     with locked(root.parent / f"{root.name}.lock") as lock:
         if is_root(root):
             return

@@ -33,7 +33,9 @@ from sluice.simulator import DEFAULT_SYMBOLS
 
 LOGS: Final = Path(".sluice/log")
 STATUS_SECONDS: Final = 5.0
-SCREEN_SECONDS: Final = 1.0
+SAMPLE_SECONDS: Final = 1.0
+FIRST_ROW_SECONDS: Final = 60.0
+"""The seconds of --seconds count from the first committed row, or from so long after the start."""
 STUCK_SECONDS: Final = 20.0
 """A queue whose length has not fallen for so long does not drain."""
 
@@ -172,32 +174,27 @@ class _Run:
     @asynccontextmanager
     async def _children(self) -> AsyncIterator[tuple[list[Child], Child]]:
         """Run the children; gives those that fill the queues, and the one that empties them."""
-        names = ["collector", "orderbook", "flusher"]
-        collector, orderbook, flusher = (self._child([name]) for name in names)
-        children = [collector, orderbook, flusher]
-        if (port := self._simulator_port) is not None:
-            options = {
-                "--port": str(port),
-                "--symbols": ",".join(DEFAULT_SYMBOLS),
-                "--state": str(services.DIRECTORY / "simulator.json"),
-            }
-            simulator = self._child(
-                ["sluice.simulator", *(part for option in options.items() for part in option)]
-            )
-            children.insert(0, simulator)
+        sources = [self._child(["collector"]), self._child(["orderbook"])]
+        flusher = self._child(["flusher"])
+        simulators = [] if self._simulator_port is None else [self._simulator(self._simulator_port)]
+        children = [*simulators, *sources, flusher]
         say(f"starting {', '.join(child.name for child in children)}; their logs are in {LOGS}")
         tasks = [asyncio.create_task(self._look_after(child)) for child in children]
         try:
-            yield [collector, orderbook], flusher
+            yield sources, flusher
         finally:
+            for simulator in simulators:
+                await simulator.stop(5)  # it keeps its ids for the next run
             for child in children:
-                if child in (collector, orderbook, flusher):
-                    child.kill()
-            if self._simulator_port is not None:
-                await simulator.stop(5)
+                child.kill()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _simulator(self, port: int) -> Child:
+        state = services.DIRECTORY / "simulator.json"
+        options = ["--port", str(port), "--symbols", ",".join(DEFAULT_SYMBOLS)]
+        return self._child(["sluice.simulator", *options, "--state", str(state)])
 
     def _child(self, arguments: list[str]) -> Child:
         name = arguments[0].rpartition(".")[2]
@@ -213,24 +210,29 @@ class _Run:
 
     async def _watch(self, observer: Observer, seconds: float | None) -> None:
         """Show the recording until it is to stop."""
-        ends = time.monotonic() + (seconds or float("inf"))
         names = ", ".join(str(market) for market in self._settings.markets)
         title = f"recording {names} into {self._settings.postgres_db}"
         say(title)
+        counted_from, told = None, 0.0
         with contextlib.ExitStack() as stack:
             live = None
             if console.is_terminal:
                 live = stack.enter_context(Live(console=console, auto_refresh=False))
-            interval = SCREEN_SECONDS if live else STATUS_SECONDS
-            while not self._stop.is_set() and time.monotonic() < ends:
+            while not self._stop.is_set():
                 sample = await observer.sample()
                 if live:
                     live.update(screen(sample, title), refresh=True)
-                elif sample.seconds >= 1:
+                elif sample.seconds - told >= STATUS_SECONDS:
+                    told = sample.seconds
                     say(status_line(sample))
-                pause = min(interval, max(0.0, ends - time.monotonic()))
+                if counted_from is None and (
+                    sample.committed or sample.seconds >= FIRST_ROW_SECONDS
+                ):
+                    counted_from = sample.seconds
+                if seconds and counted_from is not None and sample.seconds - counted_from > seconds:
+                    return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop.wait(), pause)
+                    await asyncio.wait_for(self._stop.wait(), SAMPLE_SECONDS)
 
     async def _end(self, children: list[Child]) -> None:
         """Stop children side by side, at once when in a hurry."""
@@ -293,13 +295,19 @@ class _Run:
             return 1
         console.print(summary(rows, depths))
         stored = sum(row["trades"] + row["snapshots"] + row["klines"] for row in rows)
-        if not depths or any(depths.values()):
-            say("the queues did not drain")
-            return 1
-        if must_have_rows and not stored:
-            say(f"nothing was committed; see {LOGS}")
-            return 1
-        return 0
+        problem = what_failed(stored, depths, must_have_rows=must_have_rows)
+        if problem:
+            say(f"{problem}; see {LOGS}")
+        return 1 if problem else 0
+
+
+def what_failed(stored: int, depths: Mapping[str, int], *, must_have_rows: bool) -> str | None:
+    """Judge a recording by the rows it stored and what is left in the queues (none: unknown)."""
+    if not depths or any(depths.values()):
+        return "the queues did not drain"
+    if must_have_rows and not stored:
+        return "nothing was committed"
+    return None
 
 
 def _simulated(settings: Settings, port: int) -> dict[str, str]:

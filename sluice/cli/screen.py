@@ -82,7 +82,7 @@ def _market_cells(state: MarketState) -> tuple[RenderableType, ...]:
         f"{state.trades_per_second:.1f}",
         _number(state.bid),
         _number(state.ask),
-        "" if state.spread_bps is None else f"{state.spread_bps:.2f}",
+        "" if state.spread_bps is None else f"{state.spread_bps:.3f}",
         Text(state.book, style="green" if state.book == "live" else "yellow"),
     )
 
