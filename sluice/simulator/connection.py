@@ -87,7 +87,8 @@ class Connection:
         """Bytes that the client has not taken; none for a client that a fault cut off."""
         if self._is_half_open or self._transport.is_closing():
             return 0
-        return self._transport.get_write_buffer_size() + sum(map(len, self._outbox))
+        unsent = self._transport.get_write_buffer_size() + len(self._backlog)
+        return unsent + sum(map(len, self._outbox))
 
     @property
     def is_open(self) -> bool:
@@ -226,16 +227,21 @@ class Connection:
         try:
             while not self._transport.is_closing():
                 message = await ws.receive()
+                if self._is_half_open:
+                    await self._play_dead()
+                    return
                 if message.type in _ENDED:
                     return
-                if self._is_half_open:
-                    continue
                 if message.type is WSMsgType.CLOSE:
                     self._answer_close(int(message.data or GOOD_BYE))
                     return
                 self._receive(message.type, message.data)
         finally:
             self.release()
+
+    async def _play_dead(self) -> None:
+        while not self._transport.is_closing():  # noqa: ASYNC110 - aiohttp has no event for it
+            await asyncio.sleep(0.1)
 
     def _answer_close(self, code: int) -> None:
         if not self._is_closing:

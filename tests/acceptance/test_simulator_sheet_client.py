@@ -172,7 +172,7 @@ async def test_ids_that_rest_does_not_have_are_known_to_be_absent() -> None:
 async def test_ends_with_the_true_book_and_every_trade_under_faults_by_seed_and_rate() -> None:
     rates = {
         **dict.fromkeys(("drop", "duplicate", "reorder", "truncate", "wrong_type", "nan"), 0.005),
-        **dict.fromkeys(("cut", "close", "rest_503", "rest_empty", "stale_snapshot"), 0.2),
+        **dict.fromkeys(("cut", "close", "rest_503", "rest_empty", "stale_snapshot"), 0.4),
     }
     config = replace(CONFIG, fault_rates=rates, fault_seed=5)
     async with (
