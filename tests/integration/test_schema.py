@@ -121,7 +121,7 @@ async def _insert(connection: asyncpg.Connection, table: str, rows: Iterable[Row
         json.dumps(next(iter(rows)), default=str),
     )
     await connection.execute(
-        f"INSERT INTO {table} ({columns})"  # noqa: S608  # names written in this file
+        f"INSERT INTO {table} ({columns})"
         f" SELECT {columns} FROM jsonb_populate_recordset(NULL::{table}, $1)"
         " ON CONFLICT DO NOTHING",
         json.dumps(list(rows), default=str),
@@ -274,7 +274,7 @@ def _candles(trades: Iterable[Row], width: timedelta) -> Candles:
 
 async def _assert_candles_are_of(connection: asyncpg.Connection, trades: list[Row]) -> None:
     for view, width in WIDTHS.items():
-        stored = await connection.fetch(f"SELECT * FROM {view}")  # noqa: S608  # a constant
+        stored = await connection.fetch(f"SELECT * FROM {view}")
         found = [
             (row["market_id"], row["time"], Candle(**dict(list(row.items())[2:]))) for row in stored
         ]
@@ -517,7 +517,7 @@ async def test_good_rows_are_stored_once(database: asyncpg.Connection) -> None:
     for table, row in GOOD.items():
         for _ in range(2):
             await _insert(database, table, [row])
-        count = f"SELECT count(*) FROM {table}"  # noqa: S608  # a constant
+        count = f"SELECT count(*) FROM {table}"
         assert await database.fetchval(count) == 1, table
 
 
@@ -653,10 +653,7 @@ READABLE = ("schema_version", "markets", *FILLED, *WIDTHS, "book_tops", "book_le
 ALLOWED = {
     "sluice_flusher": [
         *(f"SELECT FROM {name} LIMIT 0" for name in READABLE),
-        *(
-            f"INSERT INTO {name} SELECT * FROM {name} ON CONFLICT DO NOTHING"  # noqa: S608
-            for name in FILLED
-        ),
+        *(f"INSERT INTO {name} SELECT * FROM {name} ON CONFLICT DO NOTHING" for name in FILLED),
         "INSERT INTO markets (exchange, symbol, id_kind) VALUES ('x', 'y', 'raw')",
         "CREATE TEMPORARY TABLE batch (LIKE trades) ON COMMIT DROP",
         "UPDATE gaps SET revision = revision + 1",
@@ -685,7 +682,7 @@ REFUSED = {
     ],
     "sluice_reader": [
         *(change.format(name) for change, name in itertools.product(CHANGES, ("markets", *FILLED))),
-        *(f"INSERT INTO {name} SELECT * FROM {name}" for name in FILLED),  # noqa: S608
+        *(f"INSERT INTO {name} SELECT * FROM {name}" for name in FILLED),
         "INSERT INTO markets (exchange, symbol, id_kind) VALUES ('x', 'y', 'raw')",
         "SELECT drop_chunks('trades', now())",
         "CALL refresh_candles('-infinity', 'infinity')",
