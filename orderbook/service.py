@@ -29,6 +29,8 @@ from sluice.settings import Market, Settings
 from sluice.stream import ConnectGate, Stream, split
 
 CHECK_SECONDS: Final = 0.5
+QUIET_SECONDS: Final = 1.0
+"""After how long without an event on a socket the peer is asked."""
 IMAGE_FACTOR: Final = 50
 """An image is this many times as deep as what is read, so that a book seldom outgrows it."""
 LEAST_IMAGE: Final = 1000
@@ -62,6 +64,10 @@ class Feed:
     publisher: Publisher
     newest: int = 0
     """The newest time of any event on the socket: what is much older has arrived."""
+    delivered: int = 0
+    """Up to which time of the exchange everything has arrived, events and pongs taken together."""
+    ahead: int | None = None
+    """The most that an event's time was ahead of our clock: the exchange's is at least as far."""
 
     def read(self, stream: Stream, frame: bytes, ts_recv: int) -> None:
         """Take one frame; the hole that a bad one leaves is found by the next change's ids."""
@@ -75,6 +81,8 @@ class Feed:
                 keeper = self.keepers.get(message.symbol)
                 if keeper is not None:
                     self.newest = max(self.newest, message.ts_event)
+                    ahead = message.ts_event - ts_recv
+                    self.ahead = ahead if self.ahead is None else max(self.ahead, ahead)
                     keeper.on_depth(message)
             elif isinstance(message, ServerShutdown):
                 stream.renew("the server shuts down")
@@ -88,7 +96,8 @@ class Feed:
 
     def disconnected(self, reason: str) -> None:
         """Give up all books of the socket."""
-        self.newest = 0
+        self.newest = self.delivered = 0
+        self.ahead = None
         for keeper in self.keepers.values():
             keeper.on_disconnect(reason)
 
@@ -125,7 +134,7 @@ class Books:
             limit = image_limit(feed.exchange, self.process.settings)
             for keeper in feed.keepers.values():
                 if feed.newest:
-                    keeper.flush_idle(feed.newest)
+                    keeper.flush_idle(max(feed.newest, feed.delivered))
                 keeper.renew_if_shallow(limit)
         if self.live:
             self.process.health.ready("books")
@@ -252,6 +261,7 @@ async def run(process: Process) -> None:
                 for work in (
                     redis_is_fit(redis, process.health),
                     _check(books),
+                    *(_confirm(stream, feed) for stream, feed in books.feeds.items()),
                     _renew(books),
                     _audit(books, settings.book_audit_seconds),
                     *(images.run() for images in books.images.values()),
@@ -325,6 +335,17 @@ def _add_books(books: Books, exchange: Exchange, symbols: list[str], rest: RestC
             name=f"{exchange.name}/{number}",
         )
         books.feeds[stream] = feed
+
+
+async def _confirm(stream: Stream, feed: Feed) -> None:
+    """While a socket is quiet, let the peer's pongs show that nothing is on the way."""
+    while True:
+        before = feed.newest
+        await asyncio.sleep(QUIET_SECONDS)
+        if feed.newest == before and feed.ahead is not None:
+            asked = await stream.delivered()
+            if asked is not None and feed.newest == before:
+                feed.delivered = asked + feed.ahead
 
 
 async def _check(books: Books) -> None:

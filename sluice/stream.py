@@ -30,6 +30,8 @@ HEALTHY_SECONDS: Final = 60.0
 SILENCE_SECONDS: Final = 30.0
 """After how long without a frame the peer is asked whether it is there."""
 ANSWER_SECONDS: Final = 10.0
+SETTLED_SECONDS: Final = 0.1
+"""How long no frame must have been read for none to be waiting."""
 RENEWAL_SECONDS: Final = 60.0
 """How long a replacement may take to bring its first frame."""
 SHARE_OF_CONNECTS: Final = 4
@@ -142,6 +144,27 @@ class Stream:
             self._channels = list(channels)
         self._renew_reason = reason
         self._renew.set()
+
+    async def delivered(self) -> int | None:
+        """Ask the peer and wait for its pong: what it sent before that has been read.
+
+        Gives the time by our clock (microseconds) at which it was asked, or None where it did not
+        answer, or where frames still came in.
+        """
+        session = self._session
+        if session is None:
+            return None
+        asked = now_micros()
+        try:
+            pong = await session.socket.ping()
+            await asyncio.wait_for(pong, ANSWER_SECONDS)
+        except (TimeoutError, OSError, WebSocketException):
+            return None
+        self._on_progress()
+        # A pong overtakes the frames that wait to be read; none does where none is being read.
+        heard = session.frames
+        await asyncio.sleep(SETTLED_SECONDS)
+        return asked if self._session is session and session.frames == heard else None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Keep the socket open until `stop`; connection errors never leave here."""
