@@ -161,7 +161,7 @@ return {length, prior}
 
 _CLAIM: Final = """#!lua flags=allow-oom
 local queue, head = KEYS[1], KEYS[2]
-local most, room, step = tonumber(ARGV[1]), tonumber(ARGV[2]), 1000
+local most, room, skip, step = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[4]), 1000
 local position = redis.call('GET', head)
 if not position then
   position = ARGV[3]
@@ -169,7 +169,8 @@ if not position then
 end
 local items = {}
 while #items < most do
-  local part = redis.call('LRANGE', queue, #items, math.min(#items + step, most) - 1)
+  local first = skip + #items
+  local part = redis.call('LRANGE', queue, first, math.min(first + step, skip + most) - 1)
   for _, item in ipairs(part) do
     room = room - #item
     if room < 0 and #items > 0 then return {position, items} end
@@ -200,6 +201,16 @@ redis.call('HINCRBY', counters, 'acked', count - refused)
 return redis.call('LLEN', queue)
 """
 
+_REVIVE: Final = """
+local queue, dead, counters = KEYS[1], KEYS[2], KEYS[3]
+if redis.call('LREM', dead, 1, ARGV[1]) == 0 then return 0 end
+if #ARGV == 2 then
+  redis.call('RPUSH', queue, ARGV[2])
+  redis.call('HINCRBY', counters, 'pushed', 1)
+end
+return 1
+"""
+
 _BALANCE: Final = """#!lua flags=allow-oom,no-writes
 local counters = redis.call('HMGET', KEYS[2], 'pushed', 'acked', 'dead')
 return {counters[1] or '0', counters[2] or '0', counters[3] or '0', redis.call('LLEN', KEYS[1])}
@@ -219,6 +230,7 @@ class RecordQueue:
         self._push = redis.register_script(_PUSH)
         self._claim = redis.register_script(_CLAIM)
         self._ack = redis.register_script(_ACK)
+        self._revive = redis.register_script(_REVIVE)
         self._balance = redis.register_script(_BALANCE)
 
     async def push(
@@ -239,14 +251,18 @@ class RecordQueue:
         )
         return int(length), [int(head) if head else None for head in prior]
 
-    async def claim(self, most_items: int, most_bytes: int) -> Claim:
-        """Read the head of the queue, at least one item if there is any, and move nothing."""
+    async def claim(self, most_items: int, most_bytes: int, *, skip: int = 0) -> Claim:
+        """Read the head of the queue, at least one item if there is any, and move nothing.
+
+        With `skip` it reads what will be the head once so many items are acked, and can not be
+        acked before.
+        """
         # The start is random so that a list made anew can not continue the count of the old one.
         start = random.getrandbits(48)  # it guards against accidents, not attackers
         head, items = await self._claim(
-            keys=[self.key, self._head_key], args=[most_items, most_bytes, start]
+            keys=[self.key, self._head_key], args=[most_items, most_bytes, start, skip]
         )
-        return Claim(int(head), items)
+        return Claim(int(head) + skip, items)
 
     async def ack(self, claim: Claim, refused: Sequence[bytes] = (), *, dead_max: int) -> int:
         """Trim what was claimed, moving `refused` (letters, not items) to the dead list.
@@ -267,6 +283,16 @@ class RecordQueue:
         if result == -2:  # noqa: PLR2004  # the script's second refusal
             raise DeadListFullError(self.dead_key)
         return int(result)
+
+    async def revive(self, letter: bytes, item: bytes | None) -> bool:
+        """Take a letter off the dead list and push its item, or nothing for None.
+
+        Tells whether the letter was there; in one step, so nothing is pushed twice.
+        """
+        arguments = [letter] if item is None else [letter, item]
+        return bool(
+            await self._revive(keys=[self.key, self.dead_key, self._counters_key], args=arguments)
+        )
 
     async def length(self) -> int:
         """Count the items that wait."""

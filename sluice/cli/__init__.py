@@ -2,7 +2,7 @@
 
 import typer
 
-from sluice.cli import database, queues
+from sluice.cli import database, dead, queues
 from sluice.cli.audit import audit
 from sluice.cli.gaps import gaps
 from sluice.cli.install import install
@@ -18,6 +18,7 @@ for command in (run, stop, gaps, audit, install):
     app.command()(command)
 app.add_typer(database.app, name="db")
 app.add_typer(queues.app, name="queues")
+app.add_typer(dead.app, name="dead")
 
 
 def main() -> None:

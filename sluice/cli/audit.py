@@ -42,7 +42,7 @@ WITH day AS (
 ), stored AS (
     SELECT count(*) AS rows, count(DISTINCT t.trade_id) AS ids,
            min(t.first_id) AS first_id, max(t.trade_id) AS last_id,
-           coalesce(sum(t.trade_id - t.first_id + 1), 0) AS trades
+           coalesce(sum(t.trade_id - t.first_id + 1), 0)::bigint AS trades
     FROM trades AS t, day
     WHERE t.market_id = day.market_id AND t.time >= day.since AND t.time < day.until
 ), candles AS (
@@ -65,21 +65,21 @@ WITH day AS (
     SELECT count(*) AS rows FROM orderbook_snapshots AS b, day
     WHERE b.market_id = day.market_id AND b.time >= day.since AND b.time < day.until
 ), audits AS (
-    SELECT coalesce(sum(levels_different), 0) AS different FROM book_audits AS a, day
+    SELECT coalesce(sum(levels_different), 0)::bigint AS different FROM book_audits AS a, day
     WHERE a.market_id = day.market_id AND a.time >= day.since AND a.time < day.until
 )
 SELECT stored.first_id, stored.last_id,
-       stored.trades + (SELECT coalesce(sum(upper(r) - lower(r)), 0)
+       stored.trades + (SELECT coalesce(sum(upper(r) - lower(r)), 0)::bigint
                         FROM missing, unnest(missing.ids) AS r) AS expected,
        stored.trades AS stored,
        stored.rows - stored.ids AS duplicates,
-       (SELECT coalesce(sum(upper(r) - lower(r)), 0)
+       (SELECT coalesce(sum(upper(r) - lower(r)), 0)::bigint
         FROM missing, explained, unnest(missing.ids * explained.ids) AS r
         WHERE explained.status = 'absent') AS absent,
-       (SELECT coalesce(sum(upper(r) - lower(r)), 0)
+       (SELECT coalesce(sum(upper(r) - lower(r)), 0)::bigint
         FROM missing, explained, unnest(missing.ids * explained.ids) AS r
         WHERE explained.status = 'lost') AS lost,
-       (SELECT coalesce(sum(upper(r) - lower(r)), 0)
+       (SELECT coalesce(sum(upper(r) - lower(r)), 0)::bigint
         FROM unexplained, unnest(unexplained.ids) AS r) AS unexplained,
        (SELECT string_agg(CASE WHEN upper(r) - lower(r) = 1 THEN lower(r)::text
                                ELSE lower(r) || '-' || upper(r) - 1 END, ' ')

@@ -1,0 +1,127 @@
+"""The operator's commands on real servers, as an operator types them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from redis.asyncio import Redis
+
+from sluice import records
+from sluice.queue import RecordQueue
+from sluice.records import Trade
+from tests.servers import Database, execute
+
+
+def sluice(
+    environment: dict[str, str], *arguments: str, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", "from sluice.cli import main; main()", *arguments],
+        env={"PATH": os.environ["PATH"], "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def trade(trade_id: int) -> bytes:
+    return records.encode(
+        Trade("binance", "BTCUSDT", trade_id, trade_id, "1.5", "2", "buy", 1_790_000_000_000_000, 1)
+    )
+
+
+async def test_queues_shows_depth_and_balance_and_peek_names_the_fields(
+    redis: Redis, redis_environment: dict[str, str]
+) -> None:
+    await RecordQueue(redis, "trade").push([trade(1), trade(2)])
+    shown = json.loads(sluice(redis_environment, "queues", "--json").stdout)
+    (row,) = [row for row in shown if row["queue"] == "trade"]
+    assert (row["depth"], row["pushed"], row["acked"], row["dead"]) == (2, 2, 0, 0)
+    assert row["is_exact"]
+    assert row["bytes"] > 0
+    assert row["oldest_s"] > 0
+    peeked = json.loads(sluice(redis_environment, "queues", "peek", "trade", "--json").stdout)
+    assert [entry["trade_id"] for entry in peeked] == [1, 2]
+    assert await RecordQueue(redis, "trade").length() == 2
+
+
+async def test_dead_letters_are_listed_retried_edited_and_dropped_one_by_one(
+    redis: Redis, redis_environment: dict[str, str]
+) -> None:
+    queue = RecordQueue(redis, "trade")
+    items = [trade(number) for number in (1, 2, 3)]
+    await queue.push(items)
+    letters = [
+        json.dumps({"queue": queue.key, "reason": "no", "time": 1, "raw": item.decode()}).encode()
+        for item in items
+    ]
+    await queue.ack(await queue.claim(10, 10_000), letters, dead_max=10)
+
+    listed = json.loads(sluice(redis_environment, "dead", "list", "--json", code=1).stdout)
+    assert [(row["queue"], row["number"]) for row in listed] == [("trade", n) for n in (1, 2, 3)]
+    assert '"reason": "no"' in sluice(redis_environment, "dead", "show", "trade", "2").stdout
+    sluice(redis_environment, "dead", "retry", "trade", "2")
+    sluice(redis_environment, "dead", "edit", "trade", "1", trade(9).decode())
+    refused = sluice(redis_environment, "dead", "edit", "trade", "1", "[1]", code=2)
+    assert "at least" in refused.stderr
+    dropped = sluice(redis_environment, "dead", "drop", "trade", "1", "--yes")
+    assert items[2].decode().replace('"', '\\"') in dropped.stdout
+
+    assert await redis.lrange(queue.key, 0, -1) == [items[1], trade(9)]
+    assert await redis.llen(queue.dead_key) == 0
+    balance = await queue.balance()
+    assert (balance.pushed, balance.dead, balance.length) == (5, 3, 2)
+    assert balance.is_exact
+    assert "no dead letters" in sluice(redis_environment, "dead", "list").stdout
+
+
+FILL = """
+INSERT INTO markets (exchange, symbol, id_kind) VALUES ('binance', 'BTCUSDT', 'raw');
+INSERT INTO trades (market_id, time, trade_id, first_id, price, quantity, side, received_at)
+SELECT market('binance', 'BTCUSDT'), '2026-11-27'::timestamptz + n * interval '1 s',
+       n, n, 100, 1, 'buy', now()
+FROM generate_series(1, 1000) AS n;
+"""
+
+
+def test_an_audit_is_clean_then_names_the_one_trade_that_was_deleted(postgres: Database) -> None:
+    execute(postgres, FILL)
+    whole = json.loads(sluice(postgres.environment, "audit", "--json").stdout)
+    assert [(row["expected"], row["stored"], row["unexplained"]) for row in whole] == [
+        (1000, 1000, 0)
+    ]
+    execute(postgres, "DELETE FROM trades WHERE trade_id = 500")
+    told = sluice(postgres.environment, "audit", "binance:BTCUSDT", code=1)
+    assert "1 trades are missing unexplained: 500" in told.stderr
+
+
+@pytest.mark.parametrize(("status", "code"), [("absent", 0), ("lost", 0), ("open", 1)])
+def test_a_gap_explains_what_is_missing_only_when_it_is_closed(
+    status: str, code: int, postgres: Database
+) -> None:
+    execute(postgres, FILL, "DELETE FROM trades WHERE trade_id BETWEEN 500 AND 502")
+    execute(
+        postgres,
+        "INSERT INTO gaps (gap_id, market_id, channel, from_id, to_id, cause, status, tries,"
+        " revision, opened_at) VALUES ('g', market('binance', 'BTCUSDT'), 'trade', 500, 502,"
+        f" 'a test', '{status}', 1, 1, now())",
+    )
+    (row,) = json.loads(sluice(postgres.environment, "audit", "--json", code=code).stdout)
+    assert (row["expected"], row["stored"]) == (1000, 997)
+    assert row["unexplained"] == (3 if status == "open" else 0)
+    (gap,) = json.loads(sluice(postgres.environment, "gaps", "--json").stdout)
+    assert (gap["market"], gap["status"], gap["ids"]) == ("binance:BTCUSDT", status, 3)
+
+
+def test_an_audit_can_be_recomputed_with_the_query_it_prints() -> None:
+    assert "range_agg" in sluice({}, "audit", "--sql").stdout
+
+
+def test_a_server_that_is_away_is_one_line_and_exit_3() -> None:
+    told = sluice({"REDIS_PORT": "1"}, "queues", code=3)
+    assert len(told.stderr.splitlines()) == 1
