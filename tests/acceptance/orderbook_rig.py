@@ -30,7 +30,7 @@ async def eventually(condition: Callable[[], Awaitable[object]], what: str) -> N
     try:
         async with asyncio.timeout(CEILING):
             while not await condition():
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.1)
     except TimeoutError:
         raise AssertionError(f"not within {CEILING} s: {what}") from None
 
