@@ -31,7 +31,7 @@ clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
 	find $(PACKAGES) tests -name __pycache__ -prune -exec rm -rf {} +
 
-# pip names a package as it comes to it; of all it prints, that and its errors are shown.
+# Of all that pip prints, the names of packages are shown as it comes to them; the rest if it fails.
 $(VENV)/.installed: requirements.txt
 	@python=; for name in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
 	    if $$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
@@ -45,9 +45,9 @@ $(VENV)/.installed: requirements.txt
 	$$python -m venv $(VENV)
 	@{ $(BIN)/pip install --disable-pip-version-check --require-hashes -r requirements.txt 2>&1 && \
 	   $(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation -e . 2>&1 || \
-	   echo "ERROR: pip failed"; } | awk ' \
+	   echo "pip failed"; } | awk ' \
+	    { said = said "\n" $$0 } \
 	    /^Collecting/ { sub(/[=<>~!;\[].*/, "", $$2); printf " %s", $$2; fflush() } \
 	    /^Installing collected packages/ { printf "\ninstalling\n"; fflush() } \
-	    /^ *ERROR/ { failed = 1; print; fflush() } \
-	    END { print ""; exit failed }'
+	    END { if ($$0 == "pip failed") { print said; exit 1 } }'
 	@touch $@
