@@ -1,6 +1,7 @@
-"""What a server must be like before data is trusted to it."""
+"""What Redis and the disk must be like before data is trusted to them."""
 
 import asyncio
+import sqlite3
 
 from loguru import logger
 from redis.asyncio import Redis
@@ -8,7 +9,8 @@ from redis.exceptions import RedisError
 
 from sluice.backoff import Backoff
 from sluice.metrics import Health
-from sluice.settings import BadSettingsError
+from sluice.settings import BadSettingsError, Settings
+from sluice.spool import Spool
 
 LEAST_REDIS = 7
 
@@ -49,3 +51,14 @@ async def redis_is_fit(redis: Redis, health: Health) -> None:
             "be fetched again; set appendonly yes"
         )
     health.ready("redis")
+
+
+def spool_is_fit(settings: Settings) -> None:
+    """Make sure that records can wait on the disk; raises BadSettingsError."""
+    try:
+        Spool.create(settings.spool_dir, settings.spool_max_mb * 2**20).close()
+    except (OSError, sqlite3.Error) as error:
+        raise BadSettingsError(
+            f"SPOOL_DIR: {settings.spool_dir} can not be written to ({error}); records wait there "
+            "while Redis is away"
+        ) from error
