@@ -21,6 +21,8 @@ _WINDOW: Final = 128
 _UNBOUNDED: Final[int] = 10 ** (2 * MAX_DECIMAL)
 """Beyond every key: a price has at most MAX_DECIMAL digits and a scale at most as many places."""
 _FEW: Final = 1024
+_MAX_KEYS: Final = 4096
+"""How many prices a side remembers the keys of."""
 _ZEROS: Final = frozenset(
     text
     for before in range(MAX_DECIMAL)
@@ -35,7 +37,8 @@ class _Side:
 
     `trusted` holds every level up to `_bound` and `beyond` the levels that changes named below it,
     among which others may be missing. `_window` is the sorted keys of `trusted` up to `_edge`,
-    but for those in `_touched`, which changed since it was last put in order.
+    but for those in `_moved`, which came or went since it was last put in order. `_top` is what
+    was read last, down to `_shown`, unless a change above that made it old.
     """
 
     def __init__(self, sign: int, max_levels: int) -> None:
@@ -49,8 +52,10 @@ class _Side:
         self._edge = _UNBOUNDED
         self._window: list[int] = []
         self._ordered_depth = _WINDOW
-        self._touched: set[int] = set()
+        self._moved: set[int] = set()
         self._top: list[Level] | None = None
+        self._shown = _UNBOUNDED
+        self._shown_depth = 0
 
     @property
     def is_bounded(self) -> bool:
@@ -68,38 +73,43 @@ class _Side:
         if levels and limit is not None and len(levels) >= limit:
             self._bound = min(self._bound, max(self.key(price) for price, _ in levels))
 
-    def apply(self, levels: Sequence[Level]) -> None:
-        keys, trusted, touched = self._keys, self.trusted, self._touched
-        bound, edge = self._bound, self._edge
+    def apply(self, levels: Sequence[Level]) -> None:  # noqa: C901, PLR0912  # a call a level costs as much
+        key_of, trusted, moved = self._keys.get, self.trusted, self._moved
+        bound, edge, shown = self._bound, self._edge, self._shown
         for level in levels:
             price, size = level
-            try:
-                key = keys[price]
-            except KeyError:
+            key = key_of(price)
+            if key is None:
                 key = self.key(price)
-                bound, edge = self._bound, self._edge
-            if key > bound:
-                if size in _ZEROS:
-                    self.beyond.pop(key, None)
-                else:
-                    self.beyond[key] = level
-                continue
-            if size in _ZEROS:
-                trusted.pop(key, None)
-            else:
-                trusted[key] = level
+                bound, edge, shown = self._bound, self._edge, self._shown
             if key <= edge:
-                touched.add(key)
+                if key <= shown:
+                    self._top = None
+                if size in _ZEROS:
+                    if trusted.pop(key, None) is not None:
+                        moved.add(key)
+                else:
+                    if key not in trusted:
+                        moved.add(key)
+                    trusted[key] = level
+            else:
+                held = trusted if key <= bound else self.beyond
+                if size in _ZEROS:
+                    held.pop(key, None)
+                else:
+                    held[key] = level
         if len(trusted) + len(self.beyond) > self._max_levels:
             self._prune()
-        if len(touched) > len(trusted) + _FEW:
+        if len(moved) > len(trusted) + _FEW:
             self._forget_order()
 
     def top(self, depth: int) -> list[Level]:
         """Give the best levels; the list is the caller's to read, not to change."""
-        window = self._ordered(depth)
-        if self._top is None or len(self._top) != min(depth, len(window)):
-            self._top = [self.trusted[key] for key in window[:depth]]
+        if self._top is None or depth != self._shown_depth:
+            best = self._ordered(depth)[:depth]
+            self._top = list(map(self.trusted.__getitem__, best))
+            self._shown = best[-1] if len(best) == depth else self._edge
+            self._shown_depth = depth
         return self._top
 
     def best(self) -> Level | None:
@@ -112,12 +122,14 @@ class _Side:
 
     def key(self, price: str) -> int:
         """Give the key of a price, and note it for the next time."""
-        whole, _, fraction = price.partition(".")
-        fraction = fraction.rstrip("0")
-        if len(fraction) > self.scale:
-            self.rescale(len(fraction))
-        key = self._sign * int(whole + fraction.ljust(self.scale, "0"))
-        if len(self._keys) > 2 * len(self) + _FEW:
+        digits = price.replace(".", "")
+        places = len(price) - price.find(".") - 1 if len(digits) < len(price) else 0
+        if places != self.scale:
+            if places > self.scale:
+                self.rescale(places)
+            digits += "0" * (self.scale - places)
+        key = self._sign * int(digits)
+        if len(self._keys) == _MAX_KEYS:
             self._keys.clear()
         self._keys[price] = key
         return key
@@ -131,21 +143,15 @@ class _Side:
             finer = {key * factor: level for key, level in levels.items()}
             levels.clear()
             levels.update(finer)
-        finer_touched = {key * factor for key in self._touched}
-        self._touched.clear()
-        self._touched.update(finer_touched)
-        self._window = [key * factor for key in self._window]
-        if abs(self._bound) != _UNBOUNDED:
+        if self.is_bounded:
             self._bound *= factor
-        if abs(self._edge) != _UNBOUNDED:
-            self._edge *= factor
+        self._forget_order()
 
     def _ordered(self, depth: int) -> list[int]:
         """Put the window in order; it holds `depth` keys, or all there are."""
         trusted, window = self.trusted, self._window
-        if self._touched:
-            self._top = None
-            for key in self._touched:
+        if self._moved:
+            for key in self._moved:
                 at = bisect_left(window, key)
                 is_listed = at < len(window) and window[at] == key
                 if key in trusted:
@@ -153,11 +159,11 @@ class _Side:
                         window.insert(at, key)
                 elif is_listed:
                     del window[at]
-            self._touched.clear()
-        if len(window) < depth and len(window) < len(trusted):
-            window = self._window = sorted(trusted)
+            self._moved.clear()
+        if len(window) < depth:
+            if len(window) < len(trusted):
+                window = self._window = sorted(trusted)
             self._edge = _UNBOUNDED
-            self._top = None
             self._ordered_depth = max(self._ordered_depth, 2 * depth)
         if len(window) > 2 * self._ordered_depth:
             del window[self._ordered_depth :]
@@ -165,8 +171,8 @@ class _Side:
         return window
 
     def _forget_order(self) -> None:
-        self._window = []
-        self._touched.clear()
+        self._window.clear()
+        self._moved.clear()
         self._edge = -_UNBOUNDED
         self._top = None
 
