@@ -1,14 +1,58 @@
 """How the servers are reached: one way for Redis, one for PostgreSQL."""
 
+import asyncio
 import ssl
+from collections.abc import Iterable
 from typing import Any
 
 import asyncpg
-from redis.asyncio import Redis
+from redis.asyncio import (
+    Connection,
+    ConnectionPool,
+    Redis,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from sluice.settings import Settings
+
+
+class _Cancellable(AbstractConnection):
+    """A connection on which no cancellation is lost.
+
+    redis-py sends within `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that
+    comes in the turn of the loop in which the send ends: the task runs on, and its process with it.
+    """
+
+    async def send_packed_command(
+        self,
+        command: bytes | str | Iterable[bytes],
+        check_health: bool = True,  # noqa: FBT001, FBT002  # as in redis-py
+    ) -> None:
+        seconds, self.socket_timeout = self.socket_timeout, None
+        try:
+            async with asyncio.timeout(seconds):
+                await super().send_packed_command(command, check_health)
+        except TimeoutError:
+            raise RedisTimeoutError("Timeout writing to socket") from None
+        finally:
+            self.socket_timeout = seconds
+
+
+class _TcpConnection(_Cancellable, Connection):
+    pass
+
+
+class _TlsConnection(_Cancellable, SSLConnection):
+    pass
+
+
+class _UnixConnection(_Cancellable, UnixDomainSocketConnection):
+    pass
 
 
 def connect_redis(settings: Settings, *, timeout: float = 5.0) -> Redis:
@@ -27,15 +71,17 @@ def connect_redis(settings: Settings, *, timeout: float = 5.0) -> Redis:
         "max_connections": 16,
     }
     if settings.redis_host.startswith("/"):
-        return Redis(unix_socket_path=settings.redis_host, **common)
-    return Redis(
-        host=settings.redis_host,
-        port=settings.redis_port,
-        ssl=settings.redis_tls,
-        socket_connect_timeout=timeout,
-        socket_keepalive=True,
-        **common,
-    )
+        pool = ConnectionPool(_UnixConnection, path=settings.redis_host, **common)
+    else:
+        pool = ConnectionPool(
+            _TlsConnection if settings.redis_tls else _TcpConnection,
+            host=settings.redis_host,
+            port=settings.redis_port,
+            socket_connect_timeout=timeout,
+            socket_keepalive=True,
+            **common,
+        )
+    return Redis.from_pool(pool)
 
 
 def postgres_arguments(settings: Settings) -> dict[str, Any]:
