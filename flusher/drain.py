@@ -1,33 +1,34 @@
 """One queue into one table: claim, write, trim, for ever."""
 
 import asyncio
-import base64
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-import msgspec
 from loguru import logger
-from redis.exceptions import RedisError
 
-from flusher.errors import Verdict, is_unreachable, judge
-from flusher.markets import Markets
-from flusher.tables import TABLES
+from flusher import batch as batches
+from flusher.batch import Lines
+from flusher.errors import Verdict, judge
+from flusher.tables import Table
 from flusher.writer import Writer
-from sluice import failpoints, records
+from sluice import failpoints
 from sluice.backoff import Backoff
 from sluice.clock import now_micros
-from sluice.metrics import Health
+from sluice.lifecycle import Process
 from sluice.queue import Claim, DeadListFullError, RecordQueue, StaleClaimError
-from sluice.records import Record, RejectedRecordError, TooNewError, is_name
-from sluice.settings import Settings
+from sluice.records import TooNewError
 
 POLL_SECONDS: Final = 0.05
 BLOCKED_SECONDS: Final = 5.0
-UNREACHABLE_SECONDS: Final = 2.0
+MOST_SECONDS: Final = 30.0
+AWAY_SECONDS: Final = 2.0
 """The longest delay while a server is away: to knock costs it nothing, and the backlog waits."""
+STOPPING_SECONDS: Final = 0.5
+"""The longest delay once the process is told to stop: there are only DRAIN_SECONDS left."""
+RARE_SECONDS: Final = 10.0
+"""A delay so long that each attempt may be logged."""
 
 
 @dataclass
@@ -39,219 +40,219 @@ class DrainCounts:
     dead: int = 0
     batches: int = 0
     stale: int = 0
+    """Batches that another flusher trimmed first."""
     errors: dict[str, int] = field(default_factory=dict)
-    """By verdict, and `redis`."""
+    """Attempts that failed, by verdict."""
     seconds: float = 0.0
     """Spent in writing batches."""
-    last_success: float | None = None
+    last_success: float = 0.0
     """When the last batch was trimmed, seconds since the epoch."""
     depth: int = 0
-    rows_per_second: float = 0.0
+
+    @property
+    def taken(self) -> int:
+        """How many records were taken off the queue."""
+        return self.inserted + self.duplicates + self.dead
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """A claim made ready: the lines to write, and the rows that are refused already."""
+class _Prepared:
+    """A claim with its lines, which hold ids that only `writer` knows to be true."""
 
     claim: Claim
-    lines: bytes
-    places: Sequence[int]
-    """The index in the claim of each line."""
-    refused: dict[int, str]
+    lines: Lines
+    writer: Writer
+    is_full: bool
+    """Whether a limit ended the claim, so that more waits behind it."""
 
 
 class Drain:
-    """Moves one kind of records; everything that fails leaves them at the head, in order."""
+    """Moves one kind of records; whatever fails leaves them at the head, in order."""
 
-    def __init__(
-        self,
-        queue: RecordQueue,
-        writer: Writer,
-        markets: Markets,
-        settings: Settings,
-        health: Health,
-    ) -> None:
+    def __init__(self, queue: RecordQueue, table: Table, process: Process) -> None:
         self.counts = DrainCounts()
         self.queue = queue
-        self._table = TABLES[queue.kind]
-        self._writer = writer
-        self._markets = markets
-        self._settings = settings
-        self._health = health
+        self._table = table
+        self._process = process
+        self._backoff = Backoff(first=0.1, most=MOST_SECONDS)
+        self._writer: Writer | None = None
         self._item_bytes = 200.0
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Drain until `stop`, then until the queue is empty; no server's error leaves here."""
-        backoff = Backoff(first=0.1, most=30.0)
-        while not (stop.is_set() and await self._is_done()):
-            try:
-                await self._wait_until_due(stop)
-                claim = await self.queue.claim(
-                    self._settings.flush_batch_size, self._settings.flush_batch_bytes
-                )
-                if claim.items:
-                    await failpoints.reach("flusher.claimed")
-                    await self._flush(claim)
-                backoff.reset()
-                self._health.ready(self.queue.kind)
-            except StaleClaimError:
-                self.counts.stale += 1  # another flusher was faster; the key drops what came twice
-            except (TooNewError, DeadListFullError) as error:
-                self._blocked(error)
-                await self._pause(BLOCKED_SECONDS, stop)
-            except Exception as error:  # noqa: BLE001  # no class of error may end the drain
-                await self._pause(self._failed(error, backoff), stop)
+    async def run(self) -> None:
+        """Drain until the process stops, then what waits by then; no error leaves here."""
+        stop = self._process.stop
+        try:
+            while True:
+                is_last = stop.is_set()
+                try:
+                    await self._flush_waiting()
+                    if is_last:
+                        return
+                except StaleClaimError:
+                    self.counts.stale += 1  # the other flusher's rows are these: the key says so
+                except (TooNewError, DeadListFullError) as error:
+                    self._blocked(error)
+                    if is_last:
+                        return
+                    await self._pause(BLOCKED_SECONDS)
+                except Exception as error:  # noqa: BLE001  # no class of error may end the drain
+                    self._disconnect()
+                    await self._pause(self._failed(error))
+                self._process.progress()
+        finally:
+            self._disconnect()
 
-    async def _is_done(self) -> bool:
-        with suppress(RedisError, OSError):
-            return await self.queue.head_item() is None
-        return True  # Redis is away: what it holds it keeps
+    async def _flush_waiting(self) -> None:
+        """Wait until a flush is due, and write batch after batch as long as they are full."""
+        await self._wait_until_due()
+        prepared = await self._prepare()
+        while prepared is not None:
+            if not prepared.is_full:
+                await self._flush(prepared)
+                return
+            # The database writes this one while the next one is read. A failure of the next one
+            # must not end the write of this one, so no TaskGroup.
+            flushed, following = await asyncio.gather(
+                self._flush(prepared),
+                self._prepare(skip=len(prepared.claim.items)),
+                return_exceptions=True,
+            )
+            if isinstance(flushed, BaseException):
+                raise flushed
+            if isinstance(following, BaseException):
+                raise following
+            prepared = following
 
-    async def _wait_until_due(self, stop: asyncio.Event) -> None:
+    async def _wait_until_due(self) -> None:
         """Return when enough records wait, or when the first has waited long enough."""
-        settings = self._settings
         deadline: float | None = None
         while True:
+            settings = self._process.settings
             depth = self.counts.depth = await self.queue.length()
+            self._process.progress()
             now = time.monotonic()
-            if depth and deadline is None:
+            if not depth:
+                self._works()
+            elif deadline is None:
                 deadline = now + settings.flush_interval_ms / 1000
             is_large = (
                 depth >= settings.flush_batch_size
                 or depth * self._item_bytes >= settings.flush_batch_bytes
             )
-            if is_large or stop.is_set() or (deadline is not None and now >= deadline):
+            is_old = deadline is not None and now >= deadline
+            if is_large or is_old or self._process.stop.is_set():
                 return
-            await self._pause(POLL_SECONDS, stop)
+            await self._pause(POLL_SECONDS)
 
-    async def _flush(self, claim: Claim) -> None:
+    async def _prepare(self, skip: int = 0) -> _Prepared | None:
+        """Claim and read the next batch, or give None: nothing there, or too little to read ahead.
+
+        `skip` is how many records the batch has that is being written meanwhile.
+        """
+        settings = self._process.settings
+        size, most_bytes = settings.flush_batch_size, settings.flush_batch_bytes
+        claim = await self.queue.claim(size, most_bytes, skip=skip)
+        if not claim.items:
+            return None
+        await failpoints.reach("flusher.claimed")
+        claimed_bytes = sum(map(len, claim.items))
+        self._item_bytes = claimed_bytes / len(claim.items)
+        is_full = len(claim.items) >= size or claimed_bytes + self._item_bytes > most_bytes
+        if skip and not is_full:
+            return None
+        batch = batches.read(self.queue.kind, claim)
+        if self._writer is None or not self._writer.is_open:
+            self._writer = await Writer.open(settings, self._table)
+        writer = self._writer
+        await writer.learn(batch.markets)
+        await failpoints.reach("flusher.markets_known")
+        lines = batches.lines_of(batch, self._table, writer.markets)
+        return _Prepared(batch.claim, lines, writer, is_full)
+
+    async def _flush(self, prepared: _Prepared) -> None:
+        """Write a batch and trim it, refused rows to the dead list in the same step."""
         began = time.monotonic()
-        self._item_bytes = sum(map(len, claim.items)) / len(claim.items)
-        batch = await self._prepare(claim)
-        inserted = 0
-        refused = batch.refused
-        if batch.lines:
-            inserted, by_line = await self._writer.write(self._table, batch.lines)
-            await failpoints.reach("flusher.committed")
-            refused = refused | {batch.places[line]: why for line, why in by_line.items()}
-        claim = batch.claim
-        letters = [self._letter(claim.items[place], refused[place]) for place in sorted(refused)]
-        self.counts.depth = await self.queue.ack(claim, letters, dead_max=self._settings.dead_max)
+        claim, lines = prepared.claim, prepared.lines
+        inserted, refused = 0, lines.refused
+        if lines.places:
+            inserted, by_line = await prepared.writer.write(lines.data)
+            refused = refused | {lines.places[line]: reason for line, reason in by_line.items()}
+        dead = sorted(refused)
+        now = now_micros()
+        letters = [
+            batches.letter(self.queue.key, claim.items[place], refused[place], now)
+            for place in dead
+        ]
+        await failpoints.reach("flusher.acking")
+        depth = await self.queue.ack(claim, letters, dead_max=self._process.settings.dead_max)
         await failpoints.reach("flusher.acked")
-        for place in sorted(refused)[:10]:
+        if dead:
             logger.error(
-                "{}: a record is refused and moved to {}: {}; see `sluice dead`",
+                "{}: {} of {} records are refused and moved to {}, see `sluice dead`; the first: "
+                "{}",
                 self.queue.kind,
+                len(dead),
+                len(claim.items),
                 self.queue.dead_key,
-                refused[place],
+                refused[dead[0]],
             )
         counts = self.counts
         counts.batches += 1
         counts.inserted += inserted
-        counts.dead += len(letters)
-        counts.duplicates += len(claim.items) - len(letters) - inserted
+        counts.dead += len(dead)
+        counts.duplicates += len(claim.items) - len(dead) - inserted
+        counts.seconds += time.monotonic() - began
         counts.last_success = time.time()
-        spent = time.monotonic() - began
-        counts.seconds += spent
-        counts.rows_per_second = len(claim.items) / spent
+        counts.depth = depth
+        self._works()
+        self._process.progress()
 
-    async def _prepare(self, claim: Claim) -> _Batch:
-        """Turn items into lines; a record of a newer version ends the batch before it."""
-        claim, found, refused = self._decode(claim)
-        names = {(record.exchange, record.symbol) for record in found.values()}
-        good = {name for name in names if is_name(name[0]) and is_name(name[1])}
-        await self._markets.learn(good)
-        await failpoints.reach("flusher.markets_known")
-        ids, line = self._markets.ids, self._table.line
-        for place in [p for p, r in found.items() if (r.exchange, r.symbol) not in good]:
-            del found[place]
-            refused[place] = "no name of a market"
-        text = [line(record, ids[record.exchange, record.symbol]) for record in found.values()]
-        lines = _encode("".join(text))
-        if not self._is_clean(lines, len(text)):
-            for place, entry in zip(list(found), text, strict=True):
-                if not self._is_clean(_encode(entry), 1):
-                    del found[place]
-                    refused[place] = "characters that do not belong in a number"
-            text = [line(record, ids[record.exchange, record.symbol]) for record in found.values()]
-            lines = _encode("".join(text))
-        return _Batch(claim, lines, list(found), refused)
+    def _works(self) -> None:
+        """Note that nothing stands in the way of this queue."""
+        if self._backoff.failures:
+            logger.info("{}: flows again", self.queue.kind)
+        self._backoff.reset()
+        self._process.health.ready(self.queue.kind)
 
-    def _decode(self, claim: Claim) -> tuple[Claim, dict[int, Record], dict[int, str]]:
-        """Read the items by their places; gives the claim as far as this version can read it."""
-        kind = self.queue.kind
-        whole = records.decode_many(kind, claim.items)
-        if whole is not None:
-            return claim, dict(enumerate(whole)), {}
-        found: dict[int, Record] = {}
-        refused: dict[int, str] = {}
-        for place, item in enumerate(claim.items):
-            try:
-                found[place] = records.decode(kind, item)
-            except RejectedRecordError as error:
-                refused[place] = f"no {kind}: {error}"
-            except TooNewError:
-                if place == 0:
-                    raise
-                return Claim(claim.head, claim.items[:place]), found, refused
-        return claim, found, refused
-
-    def _is_clean(self, lines: bytes, rows: int) -> bool:
-        """Tell whether the text is what COPY will read it as, in one pass over the batch."""
-        alphabet = self._table.alphabet
-        if alphabet is None:
-            return b"\x00" not in lines and b"\xed\xa0" not in lines and lines.count(b"\n") == rows
-        return (
-            not lines.translate(None, alphabet)
-            and lines.count(b"\n") == rows
-            and lines.count(b"\t") == rows * (len(self._table.columns) - 1)
-        )
-
-    def _letter(self, item: bytes, reason: str) -> bytes:
-        """Write a dead letter: where it came from, why, when, and the bytes as they were."""
-        letter = {"queue": self.queue.key, "reason": reason, "time": now_micros()}
-        try:
-            letter["raw"] = item.decode()
-        except UnicodeDecodeError:
-            letter["raw_base64"] = base64.b64encode(item).decode()
-        return msgspec.json.encode(letter)
-
-    def _failed(self, error: Exception, backoff: Backoff) -> float:
+    def _failed(self, error: Exception) -> float:
         """Say what went wrong, once, and give the delay before the next attempt."""
-        verdict = "redis" if isinstance(error, RedisError) else judge(error).value
-        self.counts.errors[verdict] = self.counts.errors.get(verdict, 0) + 1
-        self._markets.forget()
-        delay = backoff.next_delay()
-        if verdict == "redis" or is_unreachable(error):
-            delay = min(delay, UNREACHABLE_SECONDS)
+        kind, verdict = self.queue.kind, judge(error)
+        self.counts.errors[verdict.value] = self.counts.errors.get(verdict.value, 0) + 1
+        delay = self._backoff.next_delay()
+        if verdict is Verdict.AWAY:
+            delay = min(delay, AWAY_SECONDS)
         text = f"{type(error).__name__}: {error}".rstrip(": ")
-        self._health.wait_for(self.queue.kind, text)
-        if verdict == Verdict.BUG.value:
+        self._process.health.wait_for(kind, text)
+        if verdict is Verdict.BUG:
             logger.opt(exception=error).error(
-                "{}: a bug; the batch stays in the queue and is tried again", self.queue.kind
+                "{}: a bug; the batch stays in the queue and is tried again", kind
             )
-        elif backoff.failures == 1 or delay > 10:  # noqa: PLR2004  # once, then now and then
-            level = "ERROR" if verdict == Verdict.MISSING.value else "WARNING"
-            logger.log(
-                level, "{}: not written ({}); the batch stays in the queue", self.queue.kind, text
-            )
-        return delay
+        elif self._backoff.failures == 1 or delay > RARE_SECONDS:
+            level = "ERROR" if verdict is Verdict.MISSING else "WARNING"
+            logger.log(level, "{}: not written ({}); the batch stays in the queue", kind, text)
+        return min(delay, STOPPING_SECONDS) if self._process.stop.is_set() else delay
 
-    def _blocked(self, error: Exception) -> None:
+    def _blocked(self, error: TooNewError | DeadListFullError) -> None:
         why = (
             f"{error}; upgrade this flusher"
             if isinstance(error, TooNewError)
             else f"{error} is full; look with `sluice dead list`, then retry or drop"
         )
-        if why not in self._health.reasons_for(self.queue.kind):
+        health = self._process.health
+        if health.reasons_for(self.queue.kind) != why:
             logger.error("{}: the queue stands still, nothing is lost: {}", self.queue.kind, why)
-        self._health.wait_for(self.queue.kind, why)
+        health.wait_for(self.queue.kind, why)
 
-    async def _pause(self, seconds: float, stop: asyncio.Event) -> None:
+    def _disconnect(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but only until the process is told to stop."""
+        stop = self._process.stop
+        if stop.is_set():
+            await asyncio.sleep(seconds)
+            return
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), seconds)
-
-
-def _encode(text: str) -> bytes:
-    # A lone surrogate becomes bytes outside every alphabet, and so is refused with its row.
-    return text.encode("utf-8", "surrogatepass")

@@ -1,64 +1,66 @@
-"""The one place that says what an error of the database means for the batch in hand."""
+"""The one place that says what an error means for the batch in hand."""
 
 import re
 from enum import Enum
 
 import asyncpg
+from redis.exceptions import RedisError
 
 
 class Verdict(Enum):
     """What to do with a batch that was not written."""
 
+    AWAY = "away"
+    """A server was not reached: the batch stays and is tried again soon, as asking costs little."""
     TRANSIENT = "transient"
-    """The server or the way to it: the batch stays and is tried again, for ever."""
+    """A server answered and could not now: the batch stays and is tried again, for ever."""
     REJECTED = "rejected"
-    """A row: it is found and dead-lettered alone."""
+    """A row is at fault: it is found and dead-lettered alone."""
     MISSING = "missing"
     """A table, a column or a right: nothing is written until a person has mended it."""
     BUG = "bug"
     """Not foreseen: as transient, and logged as the bug it is."""
 
 
-_REJECTED = (
-    asyncpg.DataError,
-    asyncpg.IntegrityConstraintViolationError,
-    asyncpg.ProgramLimitExceededError,
-)
-_MISSING = (
-    asyncpg.SyntaxOrAccessError,
-    asyncpg.InvalidCatalogNameError,
-    asyncpg.InvalidAuthorizationSpecificationError,
-)
-_TRANSIENT = (
-    OSError,  # TimeoutError and a missing unix socket among them
-    asyncpg.InterfaceError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.TransactionRollbackError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.ObjectNotInPrerequisiteStateError,
-    asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.PostgresSystemError,
-)
+# The first that fits counts.
+_VERDICTS = {
+    Verdict.REJECTED: (
+        asyncpg.DataError,
+        asyncpg.IntegrityConstraintViolationError,
+        asyncpg.ProgramLimitExceededError,
+    ),
+    Verdict.MISSING: (
+        asyncpg.SyntaxOrAccessError,
+        asyncpg.InvalidCatalogNameError,
+        asyncpg.InvalidAuthorizationSpecificationError,
+    ),
+    Verdict.AWAY: (
+        OSError,  # TimeoutError and a unix socket that is not there among them
+        RedisError,
+        asyncpg.PostgresConnectionError,
+        asyncpg.AdminShutdownError,
+        asyncpg.CrashShutdownError,
+        asyncpg.CannotConnectNowError,
+        asyncpg.InterfaceError,  # "connection is closed"
+    ),
+    Verdict.TRANSIENT: (
+        asyncpg.TransactionRollbackError,
+        asyncpg.OperatorInterventionError,
+        asyncpg.InsufficientResourcesError,
+        asyncpg.ObjectNotInPrerequisiteStateError,
+        asyncpg.InvalidTransactionStateError,  # read-only, or idle for too long
+        asyncpg.PostgresSystemError,
+    ),
+}
 _copy_line = re.compile(r"^COPY \w+, line (\d+)").search
 
 
 def judge(error: Exception) -> Verdict:
-    """Tell the kinds of errors apart."""
-    if isinstance(error, _REJECTED):
-        return Verdict.REJECTED
-    if isinstance(error, _MISSING):
-        return Verdict.MISSING
-    if isinstance(error, _TRANSIENT):
-        return Verdict.TRANSIENT
+    """Tell the kinds of errors apart, those of PostgreSQL and those of Redis."""
+    for verdict, classes in _VERDICTS.items():
+        if isinstance(error, classes):
+            return verdict
     return Verdict.BUG
-
-
-def is_unreachable(error: Exception) -> bool:
-    """Tell whether the server did not even take the connection, so that asking costs nothing."""
-    return isinstance(
-        error, OSError | asyncpg.PostgresConnectionError | asyncpg.CannotConnectNowError
-    )
 
 
 def refused_line(error: Exception) -> int | None:

@@ -21,25 +21,27 @@ JOIN unnest($1::text[], $2::text[]) AS wanted (exchange, symbol) USING (exchange
 
 
 class Markets:
-    """Ids by name; what is cached was read back after COMMIT."""
+    """Ids by name, read back after COMMIT, for as long as one connection lives.
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
-        self._pool = pool
+    They are not kept beyond it: the next one may lead to a server restored from a copy, where the
+    same ids stand for other markets.
+    """
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
         self._ids: dict[MarketName, int] = {}
 
-    @property
-    def ids(self) -> dict[MarketName, int]:
-        """The ids known so far."""
-        return self._ids
+    def __getitem__(self, name: MarketName) -> int:
+        return self._ids[name]
 
-    def forget(self) -> None:
-        """Drop the cache: the server may be another one, or restored from a copy."""
-        self._ids = {}
+    def unknown(self, names: Iterable[MarketName]) -> list[MarketName]:
+        """Give the names that have no id yet, sorted."""
+        return sorted(set(names) - self._ids.keys())
 
     async def learn(self, names: Iterable[MarketName]) -> None:
         """Make sure that every name has an id; raises what asyncpg raises."""
         # Sorted, so that two flushers never wait for each other in a circle.
-        missing = sorted(set(names) - self._ids.keys())
+        missing = self.unknown(names)
         if not missing:
             return
         exchanges = [exchange for exchange, _ in missing]
@@ -48,10 +50,9 @@ class Markets:
             EXCHANGES[exchange].id_kind if exchange in EXCHANGES else "opaque"
             for exchange in exchanges
         ]
-        async with self._pool.acquire(timeout=10) as connection:
-            known = await connection.fetch(_READ, exchanges, symbols)
-            if len(known) < len(missing):
-                # An insert that conflicts takes a number from the sequence all the same.
-                await connection.execute(_ASSIGN, exchanges, symbols, kinds)
-                known = await connection.fetch(_READ, exchanges, symbols)
+        known = await self._connection.fetch(_READ, exchanges, symbols)
+        if len(known) < len(missing):
+            # An insert that conflicts takes a number from the sequence all the same.
+            await self._connection.execute(_ASSIGN, exchanges, symbols, kinds)
+            known = await self._connection.fetch(_READ, exchanges, symbols)
         self._ids |= {(row["exchange"], row["symbol"]): row["market_id"] for row in known}

@@ -1,111 +1,112 @@
-"""The flusher's wiring: a drain a queue, side by side, over one pool of connections."""
+"""The flusher's wiring: a drain a queue, side by side, each with a connection of its own."""
 
 import asyncio
+import time
 from collections.abc import Iterable
-from contextlib import suppress
+from typing import Final
 
-import asyncpg
 from loguru import logger
 from prometheus_client.core import Metric
+from redis.asyncio import Redis
 
 from flusher.checks import UnfitDatabaseError, check
-from flusher.drain import Drain
-from flusher.markets import Markets
+from flusher.drain import AWAY_SECONDS, Drain
 from flusher.tables import TABLES
-from flusher.writer import Writer, prepare
 from sluice.backoff import Backoff
-from sluice.connections import connect_redis, postgres_arguments
+from sluice.connections import connect_postgres, connect_redis
 from sluice.fitness import redis_is_fit
 from sluice.lifecycle import Process
 from sluice.metrics import counter, gauge
 from sluice.queue import RecordQueue
+from sluice.settings import Settings
 
-_SESSION = {
-    "application_name": "sluice-flusher",
-    "statement_timeout": "30s",
-    "lock_timeout": "5s",
-    "idle_in_transaction_session_timeout": "60s",
-    "synchronous_commit": "on",
-}
+_RELOADED: Final = {"flush_batch_size", "flush_batch_bytes", "flush_interval_ms", "dead_max"}
 
 
 async def run(process: Process) -> None:
     """Flush until the process is told to stop, then empty the queues within DRAIN_SECONDS."""
-    settings, stop = process.settings, process.stop
+    settings = process.settings
     redis = connect_redis(settings)
-    pool = await asyncpg.create_pool(
-        **postgres_arguments(settings),
-        min_size=0,
-        max_size=len(TABLES) + 1,
-        timeout=5,
-        command_timeout=30,
-        server_settings=_SESSION,
-        init=prepare,
-    )
     try:
-        async with asyncio.TaskGroup() as tasks:
-            starting = tasks.create_task(_start(process, redis, pool))
-            stopping = tasks.create_task(stop.wait())
-            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-            starting.cancel()
-            stopping.cancel()
-        if starting.cancelled():
-            return  # stopped before the servers were there: nothing was taken from the queues
-        markets, writer = Markets(pool), Writer(pool)
-        drains = [
-            Drain(RecordQueue(redis, kind), writer, markets, settings, process.health)
-            for kind in TABLES
-        ]
-        process.statistics.append(lambda: _statistics(drains))
+        if not await _servers_are_fit(process, redis):
+            return
+        drains = [Drain(RecordQueue(redis, kind), table, process) for kind, table in TABLES.items()]
+        process.statistics.append(_Statistics(drains))
         process.metrics.append(lambda: _metrics(drains))
+        process.reload.append(lambda _: _RELOADED)  # each batch reads the process's settings
         async with asyncio.TaskGroup() as tasks:
             for drain in drains:
-                tasks.create_task(drain.run(stop))
+                tasks.create_task(drain.run())
     finally:
-        pool.terminate()  # close() waits for a server that may be frozen
         await redis.aclose()
 
 
-async def _start(process: Process, redis: object, pool: asyncpg.Pool) -> None:
-    await redis_is_fit(redis, process.health)  # type: ignore[arg-type]
-    health = process.health
-    backoff = Backoff(first=0.2, most=10.0)
+async def _servers_are_fit(process: Process, redis: Redis) -> bool:
+    """Wait for both servers; gives False where the process was told to stop before."""
+    async with asyncio.TaskGroup() as tasks:
+        looking = tasks.create_task(_look_at_servers(process, redis))
+        stopping = tasks.create_task(process.stop.wait())
+        await asyncio.wait([looking, stopping], return_when=asyncio.FIRST_COMPLETED)
+        looking.cancel()
+        stopping.cancel()
+    return not looking.cancelled()
+
+
+async def _look_at_servers(process: Process, redis: Redis) -> None:
+    await redis_is_fit(redis, process.health)
+    backoff = Backoff(first=0.2, most=AWAY_SECONDS)
     told = ""
     while True:
+        process.health.wait_for("postgres", told or "not reached yet")
         try:
-            async with pool.acquire(timeout=10) as connection:
-                await check(connection)  # type: ignore[arg-type]  # the pool's proxy is one
+            await _look_at_postgres(process.settings)
             break
-        except Exception as error:  # noqa: BLE001  # whatever it is, wait for a fit database
-            text = (
-                f"{error}"
-                if isinstance(error, UnfitDatabaseError)
-                else (f"PostgreSQL does not answer ({type(error).__name__}: {error})")
+        except UnfitDatabaseError as error:
+            level, text = "ERROR", str(error)
+        except Exception as error:  # noqa: BLE001  # whatever it is, a person may mend it
+            level, text = "WARNING", f"PostgreSQL: {type(error).__name__}: {error}".rstrip(": ")
+        if text != told:
+            logger.log(level, "{}; waiting for it, the queues keep everything", text)
+        told = text
+        process.health.wait_for("postgres", text)
+        process.progress()
+        await asyncio.sleep(backoff.next_delay())
+    process.health.ready("postgres")
+
+
+async def _look_at_postgres(settings: Settings) -> None:
+    connection = await connect_postgres(settings, command_timeout=10)
+    try:
+        await check(connection)
+    finally:
+        connection.terminate()
+
+
+class _Statistics:
+    """The line on each queue, with the rate since the last line."""
+
+    def __init__(self, drains: list[Drain]) -> None:
+        self._drains = drains
+        self._last = [0] * len(drains)
+        self._since = time.monotonic()
+
+    def __call__(self) -> str:
+        now = time.monotonic()
+        elapsed, self._since = max(now - self._since, 1e-3), now
+        parts = []
+        for index, drain in enumerate(self._drains):
+            counts = drain.counts
+            rate = (counts.taken - self._last[index]) / elapsed
+            self._last[index] = counts.taken
+            if not (counts.taken or counts.depth or counts.errors):
+                continue
+            errors = "".join(f", {count} {what}" for what, count in sorted(counts.errors.items()))
+            parts.append(
+                f"{drain.queue.kind}: {counts.inserted} inserted, {counts.duplicates} duplicates, "
+                f"{counts.dead} dead, {counts.depth} queued, {rate:.0f} rows/s"
+                + (f", attempts failed{errors}" if errors else "")
             )
-            if text != told:
-                logger.log(
-                    "ERROR" if isinstance(error, UnfitDatabaseError) else "WARNING",
-                    "{}; waiting for it, the queues keep everything",
-                    text,
-                )
-            told = text
-            health.wait_for("postgres", text)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(process.stop.wait(), backoff.next_delay())
-    health.ready("postgres")
-
-
-def _statistics(drains: list[Drain]) -> str:
-    return (
-        "; ".join(
-            f"{drain.queue.kind}: {counts.inserted} inserted, {counts.duplicates} duplicates, "
-            f"{counts.dead} dead, {counts.depth} queued, {counts.rows_per_second:.0f} rows/s"
-            + (f", errors {counts.errors}" if counts.errors else "")
-            for drain in drains
-            if (counts := drain.counts).batches or counts.depth or counts.errors
-        )
-        or "nothing to flush yet"
-    )
+        return "; ".join(parts) or "nothing to flush yet"
 
 
 def _metrics(drains: list[Drain]) -> Iterable[Metric]:
@@ -113,41 +114,46 @@ def _metrics(drains: list[Drain]) -> Iterable[Metric]:
         "flush_rows",
         "Records taken off the queues, by what became of them",
         [
-            ({"queue": drain.queue.kind, "result": result}, getattr(drain.counts, name))
+            ({"queue": drain.queue.kind, "result": result}, count)
             for drain in drains
-            for result, name in (
-                ("inserted", "inserted"),
-                ("duplicate", "duplicates"),
-                ("dead", "dead"),
+            for result, count in (
+                ("inserted", drain.counts.inserted),
+                ("duplicate", drain.counts.duplicates),
+                ("dead", drain.counts.dead),
             )
         ],
     )
     yield counter(
         "flush_batches",
-        "Batches written",
-        [({"queue": d.queue.kind}, d.counts.batches) for d in drains],
+        "Batches written and trimmed",
+        [({"queue": drain.queue.kind}, drain.counts.batches) for drain in drains],
+    )
+    yield counter(
+        "flush_stale_claims",
+        "Batches that another flusher trimmed first",
+        [({"queue": drain.queue.kind}, drain.counts.stale) for drain in drains],
     )
     yield counter(
         "flush_seconds",
         "Seconds spent in writing batches",
-        [({"queue": d.queue.kind}, d.counts.seconds) for d in drains],
+        [({"queue": drain.queue.kind}, drain.counts.seconds) for drain in drains],
     )
     yield counter(
         "flush_errors",
         "Attempts that failed, by class",
         [
-            ({"queue": d.queue.kind, "class": name}, count)
-            for d in drains
-            for name, count in d.counts.errors.items()
+            ({"queue": drain.queue.kind, "class": name}, count)
+            for drain in drains
+            for name, count in drain.counts.errors.items()
         ],
     )
     yield gauge(
         "flush_last_success_timestamp_seconds",
-        "When the last batch was trimmed",
-        [({"queue": d.queue.kind}, d.counts.last_success or 0.0) for d in drains],
+        "When the last batch was trimmed, 0 before the first",
+        [({"queue": drain.queue.kind}, drain.counts.last_success) for drain in drains],
     )
     yield gauge(
         "queue_depth",
         "Records that wait",
-        [({"queue": d.queue.kind}, d.counts.depth) for d in drains],
+        [({"queue": drain.queue.kind}, drain.counts.depth) for drain in drains],
     )

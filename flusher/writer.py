@@ -1,37 +1,88 @@
-"""One batch, one transaction; a row that the database refuses is found and set apart."""
+"""One connection to one table: a batch a transaction, and the rows it refuses set apart."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Final, Self
 
 import asyncpg
 
 from flusher.errors import Verdict, judge, refused_line
-from flusher.tables import TABLES, Table
+from flusher.markets import MarketName, Markets
+from flusher.tables import Table
 from sluice import failpoints
+from sluice.connections import connect_postgres
+from sluice.settings import Settings
 
-MOST_BLAMED = 20
+MOST_BLAMED: Final = 20
 """How often a batch is cut where COPY stumbled: beyond it most lines are bad, and halves do."""
-
-
-async def prepare(connection: asyncpg.Connection) -> None:
-    """Make a connection's temporary tables; the pool calls it for each new one."""
-    for table in TABLES.values():
-        await connection.execute(table.create_staging)
+COMMAND_SECONDS: Final = 30.0
+_SESSION: Final = {
+    "application_name": "sluice-flusher",
+    "statement_timeout": "30s",
+    "lock_timeout": "5s",
+    "idle_in_transaction_session_timeout": "60s",
+}
+# An acknowledged row must survive a power cut; a stricter value than `on` is left as it is.
+_BE_DURABLE: Final = """
+SELECT set_config('synchronous_commit', 'on', false)
+WHERE current_setting('synchronous_commit') = 'off'
+"""
 
 
 class Writer:
-    """Writes lines into tables; raises what asyncpg raises unless a row is to blame."""
+    """Writes lines into a table over a connection of its own, which ends with the first doubt.
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
-        self._pool = pool
+    Raises what asyncpg raises. After anything but a refused row the connection is not to be used
+    again: close it and open another.
+    """
 
-    async def write(self, table: Table, data: bytes) -> tuple[int, dict[int, str]]:
-        """Write the lines; gives how many rows were new, and the reason of each refused line."""
+    def __init__(self, connection: asyncpg.Connection, table: Table) -> None:
+        self.markets = Markets(connection)
+        self._connection = connection
+        self._table = table
+        self._columns = [name for name, _ in table.columns]
+        self._turn = asyncio.Lock()  # a batch is prepared while another is written
+
+    @classmethod
+    async def open(cls, settings: Settings, table: Table) -> Self:
+        """Connect, and make the temporary table."""
+        connection = await connect_postgres(
+            settings, command_timeout=COMMAND_SECONDS, server_settings=_SESSION
+        )
         try:
-            return await self._transaction(table, data), {}
-        except Exception as error:
-            if judge(error) is not Verdict.REJECTED:
-                raise
-        return await self._sift(table, data.splitlines(keepends=True))
+            await connection.execute(_BE_DURABLE)
+            await connection.execute(table.create_staging)
+        except BaseException:
+            connection.terminate()
+            raise
+        return cls(connection, table)
 
-    async def _sift(self, table: Table, lines: list[bytes]) -> tuple[int, dict[int, str]]:
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection is there, as far as it is known."""
+        return not self._connection.is_closed()
+
+    def close(self) -> None:
+        """Cut the connection without a word: the server may be frozen."""
+        self._connection.terminate()
+
+    async def learn(self, names: Iterable[MarketName]) -> None:
+        """Make sure that every market has an id."""
+        if missing := self.markets.unknown(names):
+            async with self._turn:
+                await self.markets.learn(missing)
+
+    async def write(self, data: bytes) -> tuple[int, dict[int, str]]:
+        """Write the lines; gives how many rows were new, and the reason of each refused line."""
+        async with self._turn:
+            try:
+                return await self._transaction(data), {}
+            except Exception as error:
+                if judge(error) is not Verdict.REJECTED:
+                    raise
+            return await self._sift(data.splitlines(keepends=True))
+
+    async def _sift(self, lines: list[bytes]) -> tuple[int, dict[int, str]]:
         """Write what can be written, in parts, until every refused line stands alone."""
         new = 0
         refused: dict[int, str] = {}
@@ -40,7 +91,7 @@ class Writer:
         while parts:
             part = parts.pop()
             try:
-                new += await self._transaction(table, b"".join(lines[part.start : part.stop]))
+                new += await self._transaction(b"".join(lines[part.start : part.stop]))
                 continue
             except Exception as error:
                 if judge(error) is not Verdict.REJECTED:
@@ -58,18 +109,27 @@ class Writer:
             parts += [cut for cut in reversed(cuts) if cut]
         return new, refused
 
-    async def _transaction(self, table: Table, data: bytes) -> int:
-        async with self._pool.acquire(timeout=10) as connection:
-            await failpoints.reach("flusher.begun")
-            async with connection.transaction():
+    async def _transaction(self, data: bytes) -> int:
+        # BEGIN and COMMIT by hand: asyncpg's transaction rolls back when it is cancelled, and
+        # waits for a frozen server to answer that.
+        connection = self._connection
+        await connection.execute("BEGIN")
+        await failpoints.reach("flusher.begun")
+        try:
+            await connection.copy_to_table(
+                self._table.staging,
                 # A memoryview: asyncpg takes bytes for the name of a file.
-                await connection.copy_to_table(
-                    table.staging,
-                    source=memoryview(data),  # type: ignore[arg-type]  # the stubs do not know it
-                    columns=[name for name, _ in table.columns],
-                    null="",
-                )
-                await failpoints.reach("flusher.copied")
-                status = await connection.execute(table.insert)
-                await failpoints.reach("flusher.inserted")
+                source=memoryview(data),  # type: ignore[arg-type]  # the stubs do not know it
+                columns=self._columns,
+                null="",
+            )
+            await failpoints.reach("flusher.copied")
+            status = await connection.execute(self._table.insert)
+            await failpoints.reach("flusher.inserted")
+            await connection.execute("COMMIT")
+        except Exception as error:
+            if judge(error) is Verdict.REJECTED:
+                await connection.execute("ROLLBACK")
+            raise
+        await failpoints.reach("flusher.committed")
         return int(status.rsplit(" ", 1)[1])

@@ -28,6 +28,7 @@ POINTS: Final = frozenset(
         "flusher.copied",
         "flusher.inserted",
         "flusher.committed",
+        "flusher.acking",
         "flusher.acked",
     }
 )
