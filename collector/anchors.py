@@ -65,18 +65,24 @@ def subtract(
 
 
 class Anchors:
-    """Looks after the markets whose head was missing, until none is left."""
+    """Looks after the markets whose head was missing, until none is left.
+
+    `first_pushed` is the lowest id that this process pushed of each stream: where neither Redis nor
+    the table knows a market, it is all that is known of what was recorded.
+    """
 
     def __init__(
         self,
         redis: Redis,
         ledgers: Sequence[Ledger],
         venues: Mapping[str, Venue],
+        first_pushed: Mapping[str, int],
         settings: Settings,
     ) -> None:
         self._redis = redis
         self._ledgers = ledgers
         self._venues = venues
+        self._first_pushed = first_pushed
         self._settings = settings
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -124,12 +130,18 @@ class Anchors:
         if not found and not await connection.fetchval(
             "SELECT EXISTS (SELECT FROM trades WHERE market_id = market($1, $2))", *market
         ):
-            holes = await self._wanted_history(ledger, first)
+            holes = await self._unrecorded(ledger, first)
         await ledger.reopen(holes)
         await self._redis.hdel(UNANCHORED, ledger.field)
         if holes:
             count = sum(last - low + 1 for low, last in holes)
             logger.info("{}: {} trades before {} are fetched", ledger.field, count, first)
+
+    async def _unrecorded(self, ledger: Ledger, first: int) -> list[tuple[int, int]]:
+        """Find what is missing of a market that the table does not know."""
+        began = self._first_pushed.get(ledger.field, first)
+        lost = [(began, first - 1)] if began < first else []
+        return [*await self._wanted_history(ledger, began), *lost]
 
     async def _wanted_history(self, ledger: Ledger, first: int) -> list[tuple[int, int]]:
         """Find the range of ids that BACKFILL_HOURS asks for at a market's first start."""

@@ -2,10 +2,11 @@
 
 import asyncio
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import Final
 
 from loguru import logger
 from prometheus_client.core import Metric
@@ -18,8 +19,8 @@ from sluice.budget import Budget
 from sluice.clock import MICROS_PER_SECOND
 from sluice.connections import connect_redis
 from sluice.exchanges import EXCHANGES, Exchange
-from sluice.exchanges.base import BadFrameError, Depth, Reply, ServerShutdown
-from sluice.fitness import redis_is_fit
+from sluice.exchanges.base import BadFrameError, Reply, ServerShutdown
+from sluice.fitness import redis_is_fit, spool_is_fit
 from sluice.lifecycle import Process
 from sluice.metrics import counter, gauge
 from sluice.publisher import Publisher
@@ -27,6 +28,8 @@ from sluice.records import Kline, Ticker, Trade
 from sluice.rest import RestClient
 from sluice.settings import Market
 from sluice.stream import ConnectGate, Stream, split
+
+RATE_SECONDS: Final = 30.0
 
 
 @dataclass
@@ -66,8 +69,22 @@ class Intake:
                     message.request_id,
                     message.error,
                 )
-            elif isinstance(message, Depth):
-                raise AssertionError("the collector subscribes to no depth")
+
+
+class Rate:
+    """How much a count rose a second, over the last RATE_SECONDS or since the start."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+
+    def of(self, count: int) -> float:
+        """Give the rate, knowing what the count is now."""
+        now = time.monotonic()
+        while len(self._marks) > 1 and self._marks[1][0] <= now - RATE_SECONDS:
+            self._marks.popleft()
+        since, before = self._marks[0]
+        self._marks.append((now, count))
+        return (count - before) / max(now - since, 1e-3)
 
 
 @dataclass
@@ -81,6 +98,7 @@ class Collector:
     last_seen: dict[Market, float] = field(default_factory=dict)
     backfill: Backfill | None = None
     liveness: Liveness | None = None
+    rate: Rate = field(default_factory=Rate)
 
     def connection_changed(self, _: str = "") -> None:
         """Tell readiness how many sockets are open."""
@@ -111,9 +129,10 @@ class Collector:
         connected = sum(stream.is_connected for stream in self.streams)
         return (
             f"{connected} of {len(self.streams)} sockets, {ended} ended; "
-            f"read {seen}, {counts.bad_frames} bad frames; "
+            f"read {seen}, {self.rate.of(messages.total()):.0f}/s, {counts.bad_frames} bad frames; "
             f"pushed {sum(counts.pushed.values())}, in memory {self.publisher.in_memory}, "
-            f"spooled {counts.spooled}, shed {counts.shed}, {counts.failures} failed pushes; "
+            f"on disk {self.publisher.spool_records}, shed {counts.shed}, "
+            f"{counts.failures} failed pushes; "
             f"open gaps {gaps}; queues: {depths or 'not pushed to yet'}"
         )
 
@@ -155,6 +174,7 @@ class Collector:
             [({"queue": kind}, count) for kind, count in counts.pushed.items()],
         )
         yield counter("publisher_spooled_records", "Sent to the disk", [({}, counts.spooled)])
+        yield counter("publisher_returned_records", "Back from it", [({}, counts.returned)])
         yield counter("publisher_shed_records", "Lost: no room anywhere", [({}, counts.shed)])
         yield counter("publisher_failures", "Pushes Redis refused", [({}, counts.failures)])
         yield gauge("publisher_memory_records", "Not yet pushed", [({}, self.publisher.in_memory)])
@@ -175,6 +195,7 @@ class Collector:
 async def run(process: Process) -> None:
     """Collect until the process is told to stop, then push or spool what is in memory."""
     settings, stop = process.settings, process.stop
+    spool_is_fit(settings)
     async with AsyncExitStack() as clients:
         redis = connect_redis(settings)
         clients.push_async_callback(redis.aclose)
@@ -200,7 +221,7 @@ async def run(process: Process) -> None:
         ]
         collector.backfill = Backfill(redis, ledgers, venues, settings.gap_settle_ms)
         collector.liveness = Liveness(redis, venues, collector.last_seen, collector.renew)
-        anchors = Anchors(redis, ledgers, venues, settings)
+        anchors = Anchors(redis, ledgers, venues, publisher.first_pushed, settings)
 
         # The publisher stops last: it pushes what the sockets brought until their end.
         publisher_stop = asyncio.Event()

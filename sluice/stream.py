@@ -5,6 +5,7 @@ wait either; who needs Redis puts the record aside and has another task push it.
 """
 
 import asyncio
+import random
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -264,7 +265,7 @@ class Stream:
         """
         self._session = session
         self._on_connected()
-        renew_at = session.opened + self._exchange.socket_lifetime * 0.9
+        renew_at = self._renewal_time(session)
         reason = "stopped"
         while not stopping.done():
             renewing = asyncio.create_task(self._renew.wait())
@@ -283,8 +284,8 @@ class Stream:
             if self._renew.is_set() or time.monotonic() >= renew_at:
                 session, replaced = await self._replace(session, stopping)
                 self._session = session
-                renew_at = time.monotonic() + (
-                    self._exchange.socket_lifetime * 0.9 if replaced else RENEWAL_SECONDS
+                renew_at = (
+                    self._renewal_time(session) if replaced else time.monotonic() + RENEWAL_SECONDS
                 )
             elif not await self._answers(session, stopping):
                 reason = "no answer"
@@ -297,6 +298,11 @@ class Stream:
         self._on_disconnected(reason)
         return session
 
+    def _renewal_time(self, session: _Session) -> float:
+        """Say when a session must be renewed: well before its end, and not all at one time."""
+        share = random.uniform(0.8, 0.95)  # noqa: S311  # no secret depends on it
+        return session.opened + self._exchange.socket_lifetime * share
+
     async def _replace(
         self, old: _Session, stopping: "asyncio.Task[bool]"
     ) -> tuple[_Session, bool]:
@@ -307,13 +313,16 @@ class Stream:
         new = await self._until(stopping, self._open())
         if new is None:
             return old, False
+        heard = old.frames
         has_data = asyncio.create_task(new.has_data.wait())
         await asyncio.wait(
             [has_data, stopping], timeout=RENEWAL_SECONDS, return_when=asyncio.FIRST_COMPLETED
         )
         has_data.cancel()
         assert new.reader is not None  # noqa: S101  # every session is opened with one
-        if new.reader.done():
+        is_silent = not new.frames and old.frames > heard
+        if new.reader.done() or (is_silent and not stopping.done()):
+            logger.warning("{}: the new socket brings nothing; keeping the old one", self.name)
             await self._close(new)
             return old, False
         await self._close(old)
