@@ -57,11 +57,11 @@ async def _serve(config: SimulatorConfig, port_file: Path | None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     async with Simulator(config) as simulator:
-        print(simulator.url, flush=True)  # noqa: T201 - the address is the command's output
         if port_file is not None:
             part = port_file.with_name(port_file.name + ".part")
             part.write_text(simulator.url.rpartition(":")[2])
             part.replace(port_file)
+        print(simulator.url, flush=True)  # noqa: T201 - the address is the command's output
         stopping = asyncio.create_task(stop.wait())
         failing = asyncio.create_task(simulator.failed())
         done, _ = await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)

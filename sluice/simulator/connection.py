@@ -120,7 +120,9 @@ class Connection:
             self.abort()
 
     def _trickle(self) -> None:
-        share = int(self._bytes_per_second * _SLOW_PERIOD) or len(self._backlog)
+        share = len(self._backlog)
+        if self._bytes_per_second:
+            share = max(1, int(self._bytes_per_second * _SLOW_PERIOD))
         self._transport.write(bytes(self._backlog[:share]))
         del self._backlog[:share]
         if self._backlog:

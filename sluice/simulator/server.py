@@ -131,12 +131,7 @@ class Simulator:
     async def _socket(self, request: web.Request) -> web.StreamResponse:
         exchange = self.exchange
         is_combined = request.path == "/stream"
-        named = (
-            request.query.get("streams", "")
-            if is_combined
-            else request.match_info.get("streams", "")
-        )
-        streams = [stream for stream in unquote(named).split("/") if stream]
+        streams = _names(request)
         limiter = self._limiters.setdefault(request.remote or "", ConnectLimiter(self.config))
         if limiter.is_over():
             exchange.log("refused", remote=request.remote)
@@ -166,3 +161,13 @@ class Simulator:
             del self.connections[connection.number]
             exchange.log("disconnect", connection=connection.number, sent=connection.sent)
         return ws
+
+
+def _names(request: web.Request) -> list[str]:
+    """Read the streams named in an address; a plus is a plus (`kline_1d@+08:00`)."""
+    listed = request.match_info.get("streams", "")
+    for parameter in request.rel_url.raw_query_string.split("&"):
+        name, _, value = parameter.partition("=")
+        if name == "streams":
+            listed = value
+    return [stream for stream in unquote(listed).split("/") if stream]
