@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from sluice.simulator.exchange import Exchange
 from sluice.simulator.fixed import parse
 from sluice.simulator.market import Change, instrument
@@ -27,6 +29,7 @@ HIGH_WATER = 1 << 18  # bytes that the slowest reader may owe before the source 
 LATE_MS = 1_000  # trades may trail other messages by this much; bars close after it
 TICK = 0.01  # seconds; what is due within one is sent together
 _NANOSECOND_DIGITS = 19
+_BEST_QUOTES = b'{"u":'  # the one payload without an event type
 
 
 class Line(NamedTuple):
@@ -168,11 +171,11 @@ class RecordingSource:
         if not line.stream:
             return
         feed = self._exchange.feeds[line.symbol]
-        message = json.loads(line.payload)
-        event = message.get("e")
-        if event is None:
+        if line.payload.startswith(_BEST_QUOTES):
             feed.quote(line.payload)
             return
+        message = msgspec.json.decode(line.payload)
+        event = message["e"]
         now = message["E"]
         if now > self._exchange.true_now():
             self._exchange.set_clock(now)
