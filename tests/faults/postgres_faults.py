@@ -56,6 +56,8 @@ async def read_only(database: Database) -> AsyncIterator[None]:
 async def connections_refused(database: Database) -> AsyncIterator[None]:
     """Allow the database's user no connection (53300), after ending those it has.
 
+    For a server of the test's own, whose superuser needs no password.
+
     Raises:
         ValueError: the user is a superuser, to whom no limit applies.
     """
