@@ -77,7 +77,11 @@ def run_service(name: str, service: Service, *, port: int, needs_symbols: bool) 
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(EXIT_BAD_SETTINGS) from None
-    configure_logging(settings.log_level)
+    try:
+        configure_logging(settings.log_level, settings.log_file)
+    except OSError as error:
+        sys.stderr.write(f"LOG_FILE: {settings.log_file}: {error.strerror}\n")
+        raise SystemExit(EXIT_BAD_SETTINGS) from None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(_run(name, service, settings, port))
     raise SystemExit(code)
@@ -184,7 +188,7 @@ def _reload(process: Process) -> None:
         }
         applied: set[str] = set()
         if "log_level" in changed:
-            configure_logging(new.log_level)
+            configure_logging(new.log_level, old.log_file)
             applied.add("log_level")
         for apply in process.reload:
             applied |= apply(new)

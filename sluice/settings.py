@@ -134,6 +134,8 @@ class Settings(BaseSettings):
     metrics_port: Port | None = None
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
+    log_file: Path | None = None
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _upper(cls, value: object) -> object:
