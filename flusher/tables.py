@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from sluice.records import Gap, Kline, OrderbookSnapshot, Ticker, Trade
+from sluice.records import BookAudit, Gap, Kline, OrderbookSnapshot, Ticker, Trade
 
 MICROS: Final = "micros"
 """A column staged as integer microseconds and stored as timestamptz."""
@@ -154,6 +154,13 @@ def _gap(record: Gap, market_id: int) -> str:
     )
 
 
+def _audit(record: BookAudit, market_id: int) -> str:
+    return (
+        f"{market_id}\t{record.ts_event}\t{record.update_id}\t"
+        f"{record.levels_compared}\t{record.levels_different}\n"
+    )
+
+
 def _numeric(*names: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, "numeric") for name in names)
 
@@ -247,6 +254,18 @@ TABLES: Final[dict[str, Table]] = {
         _gap,
         alphabet=None,
         newest="revision",
+    ),
+    "book_audit": Table(
+        "book_audits",
+        (
+            ("market_id", "integer"),
+            ("time", MICROS),
+            ("update_id", "bigint"),
+            ("levels_compared", "integer"),
+            ("levels_different", "integer"),
+        ),
+        ("market_id", "time"),
+        _audit,
     ),
 }
 """By the name of the record kind, and so of the queue."""

@@ -112,6 +112,10 @@ class _Side:
             self._shown_depth = depth
         return self._top
 
+    def sorted(self, depth: int) -> list[Level]:
+        """Give the best levels as `top` does, and leave the window as narrow as it is."""
+        return [self.trusted[key] for key in sorted(self.trusted)[:depth]]
+
     def best(self) -> Level | None:
         key = self.best_key()
         return None if key is None else self.trusted[key]
@@ -265,13 +269,21 @@ class OrderBook:
         bounded = [len(side.trusted) for side in sides if side.is_bounded]
         return min(bounded) if bounded else max(len(side.trusted) for side in sides)
 
-    def agrees_with(self, other: "OrderBook") -> bool:
-        """Tell whether both books hold the same as far down as both can be trusted."""
+    def differences(self, other: "OrderBook") -> tuple[int, int]:
+        """Give how many levels both books can be compared in, and how many of them differ.
+
+        They are compared as far down as both can be trusted; a level that one of them lacks there
+        differs.
+        """
         depth = min(self.trusted_depth, other.trusted_depth)
-        return all(
-            [_numbers(level) for level in ours] == [_numbers(level) for level in theirs]
-            for ours, theirs in zip(self.top(depth), other.top(depth), strict=True)
-        )
+        compared = different = 0
+        for side, its in ((self._bids, other._bids), (self._asks, other._asks)):
+            sizes = dict(map(_numbers, side.sorted(depth)))
+            others = dict(map(_numbers, its.sorted(depth)))
+            prices = sizes.keys() | others.keys()
+            compared += len(prices)
+            different += sum(sizes.get(price) != others.get(price) for price in prices)
+        return compared, different
 
     def digest(self) -> str:
         """Give the SHA-256 of every level held, trusted or not, as hexadecimal digits.

@@ -17,7 +17,7 @@ from orderbook.synchronizer import BookSynchronizer, Continuity, Outcome, State
 from sluice.budget import Priority
 from sluice.exchanges.base import Depth, DepthImage
 from sluice.publisher import Publisher
-from sluice.records import OrderbookSnapshot
+from sluice.records import BookAudit, OrderbookSnapshot
 from sluice.settings import Market, Settings
 
 MICROS_PER_MS: Final = 1000
@@ -158,6 +158,7 @@ class BookKeeper:
                 self._changed()
             case Outcome.RENEWED:
                 self.confirmed += 1
+                self._write_audit()
                 self._outlets.images.settled(self.market.symbol)
                 self._changed()
             case Outcome.IMAGE_NEEDED:
@@ -165,7 +166,9 @@ class BookKeeper:
             case Outcome.IMAGE_TOO_OLD:
                 self._outlets.images.want_newer(self.market.symbol, self._priority)
             case Outcome.GAP | Outcome.CROSSED | Outcome.DIFFERED:
-                self.contradicted += outcome is Outcome.DIFFERED
+                if outcome is Outcome.DIFFERED:
+                    self.contradicted += 1
+                    self._write_audit()
                 self.resyncs += 1
                 logger.warning("{}: out of sync: {}", self.market, _CAUSES[outcome])
                 self._lose(held, _CAUSES[outcome])
@@ -211,6 +214,18 @@ class BookKeeper:
         self._renewal = priority
         self._sync.renew()
         self._outlets.images.want(self.market.symbol, priority)
+
+    def _write_audit(self) -> None:
+        sync = self._sync
+        self._outlets.publisher.put(
+            BookAudit(
+                self.market.exchange,
+                self.market.symbol,
+                sync.ts_event,
+                sync.update_id,
+                *sync.compared,
+            )
+        )
 
     def _write_row(self, instant: int) -> None:
         sync = self._sync

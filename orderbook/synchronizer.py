@@ -120,6 +120,8 @@ class BookSynchronizer:
         """The exchange's time of the last change in the book, microseconds."""
         self.ts_recv = 0
         """When that change was read, microseconds."""
+        self.compared = (0, 0)
+        """Of the last renewal: how many levels were compared, and how many differed."""
         self._is_streamed = continuity == "streamed"
         self._rule = _RULES[continuity]
         self._before_event = before_event
@@ -246,7 +248,8 @@ class BookSynchronizer:
         for depth in after:
             renewed.apply(depth.bids, depth.asks)
         self._forget_buffer()
-        if not renewed.agrees_with(self.book):
+        self.compared = renewed.differences(self.book)
+        if self.compared[1]:
             self._restart()
             return Outcome.DIFFERED
         self.book = renewed

@@ -141,12 +141,25 @@ class Gap(Record, frozen=True, array_like=True, forbid_unknown_fields=True):
     ts_closed: Micros | None
 
 
+class BookAudit(Record, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A book compared with a newer image of the exchange's, level by level.
+
+    `ts_event` is the time of the last event in both, `update_id` its id.
+    """
+
+    ts_event: Micros
+    update_id: Id
+    levels_compared: Count
+    levels_different: Count
+
+
 KINDS: Final[dict[str, type[Record]]] = {
     "trade": Trade,
     "orderbook_snapshot": OrderbookSnapshot,
     "kline": Kline,
     "ticker": Ticker,
     "gap": Gap,
+    "book_audit": BookAudit,
 }
 """Every record type under the name of its queue."""
 

@@ -14,7 +14,7 @@ from sluice.budget import Budget, Priority
 from sluice.exchanges import EXCHANGES
 from sluice.exchanges.base import Depth, DepthImage
 from sluice.publisher import Publisher
-from sluice.records import OrderbookSnapshot, Record
+from sluice.records import BookAudit, OrderbookSnapshot, Record
 from sluice.rest import RestClient
 from sluice.settings import Market, Settings
 
@@ -89,6 +89,10 @@ class Rig:
         return [
             record for record in self.publisher.records if isinstance(record, OrderbookSnapshot)
         ]
+
+    @property
+    def audits(self) -> list[BookAudit]:
+        return [record for record in self.publisher.records if isinstance(record, BookAudit)]
 
     def change(self, first: int, last: int, ms: int, bid: str = "1", ask: str = "1") -> None:
         """A change `ms` after the start that sets the sizes of the best bid and ask."""
@@ -239,6 +243,8 @@ def test_an_audit_that_agrees_is_counted(rig: Rig) -> None:
     rig.image(6)
     assert (rig.keeper.confirmed, rig.keeper.contradicted) == (1, 0)
     assert rig.keeper.is_live
+    # Three bids and one ask.
+    assert rig.audits == [BookAudit("simulator", "BTCUSDT", START + 200_000, 6, 4, 0)]
 
 
 def test_an_audit_that_differs_ends_the_sync(rig: Rig) -> None:
@@ -248,6 +254,7 @@ def test_an_audit_that_differs_ends_the_sync(rig: Rig) -> None:
     rig.change(6, 6, 200, bid="8")
     rig.image(6)
     assert (rig.keeper.confirmed, rig.keeper.contradicted) == (0, 1)
+    assert rig.audits == [BookAudit("simulator", "BTCUSDT", START + 200_000, 6, 4, 2)]
     assert not rig.keeper.is_live
     assert len(rig.latest.lost_syncs) == 1
 
