@@ -115,11 +115,11 @@ class Check:
         )
 
 
-@pytest.fixture
-def check(started: Processes) -> Check:
-    started.simulate(
-        "--seed", "5", "--rate", "150", "--symbols", ",".join(SYMBOLS), venue="SIMULATOR"
-    )
+def begin(started: Processes, **environment: str) -> Check:
+    """Start a market and a collector, and wait for the first trades of each symbol."""
+    started.environment.update(environment)
+    symbols = ",".join(SYMBOLS)
+    started.simulate("--seed", "5", "--rate", "150", "--symbols", symbols, venue="SIMULATOR")
     started.start("collector")
     check = Check(started)
     wait_until(lambda: len({symbol for symbol, _ in check.queued()}) == len(SYMBOLS), "trades")
@@ -127,8 +127,9 @@ def check(started: Processes) -> Check:
 
 
 def test_what_is_published_while_it_is_dead_is_fetched_after_it_is_back(
-    started: Processes, check: Check
+    started: Processes,
 ) -> None:
+    check = begin(started)
     check.wait_for_more()
     started.kill("collector")
     seen = max(number for symbol, number in check.queued() if symbol == SYMBOLS[0])
@@ -145,7 +146,8 @@ def test_what_is_published_while_it_is_dead_is_fetched_after_it_is_back(
     wait_until(lambda: check.records("gap"), "the gap is named")
 
 
-def test_what_the_socket_does_not_bring_is_fetched(started: Processes, check: Check) -> None:
+def test_what_the_socket_does_not_bring_is_fetched(started: Processes) -> None:
+    check = begin(started)
     wanted = {"drop": 20, "duplicate": 20, "reorder": 10, "truncate": 5, "deep": 2, "huge": 1}
     for kind, count in wanted.items():
         started.control("faults", {"kind": kind, "count": count, "on": "*@trade"})
@@ -169,7 +171,10 @@ def test_what_the_socket_does_not_bring_is_fetched(started: Processes, check: Ch
     check.assert_as_published()
 
 
-def test_a_server_that_shuts_down_is_left_before_it_does(started: Processes, check: Check) -> None:
+def test_a_server_that_shuts_down_is_left_before_it_does(started: Processes) -> None:
+    # Nothing is fetched within the hour: what is there came from the sockets.
+    check = begin(started, GAP_SETTLE_MS="3600000")
+    started.control("rate", {"rate": 1000})
     (old,) = (connection["number"] for connection in started.control("status")["connections"])
     started.control("faults", {"kind": "shutdown", "options": {"grace": 600}})
     wait_until(
@@ -181,20 +186,14 @@ def test_a_server_that_shuts_down_is_left_before_it_does(started: Processes, che
     check.stop_the_market()
     assert started.terminate("collector") == 0
     check.assert_as_published()
-    # Two sockets brought the same for a while: nothing was missed, not even for a moment.
-    assert check.records("gap") == []
+    assert check.holes() == 0
 
 
 def test_every_stream_has_its_queue_and_sigterm_leaves_nothing_in_memory(
     started: Processes,
 ) -> None:
-    started.simulate(
-        "--seed", "5", "--rate", "150", "--symbols", ",".join(SYMBOLS), venue="SIMULATOR"
-    )
-    started.start("collector", STREAMS="trade,kline_1s,ticker,miniTicker")
-    check = Check(started)
+    check = begin(started, STREAMS="trade,kline_1s,ticker,miniTicker")
     wait_until(lambda: check.length("kline") and check.length("ticker") > 5, "klines and tickers")
-    wait_until(lambda: len({symbol for symbol, _ in check.queued()}) == len(SYMBOLS), "trades")
     check.stop_the_market()
     assert started.terminate("collector") == 0
     check.assert_as_published()
