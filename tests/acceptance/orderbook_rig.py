@@ -16,7 +16,7 @@ import aiohttp
 from redis.asyncio import Redis
 
 from sluice.queue import book_key, queue_key
-from sluice.records import Gap, OrderbookSnapshot, Record, decode
+from sluice.records import BookAudit, Gap, OrderbookSnapshot, Record, decode
 
 ROOT = Path(__file__).resolve().parents[2]
 CEILING = 60.0
@@ -149,6 +149,11 @@ async def rows(redis: Redis) -> list[OrderbookSnapshot]:
 async def gaps(redis: Redis) -> list[Gap]:
     """Read every gap that was pushed."""
     return [gap for gap in await _records(redis, "gap") if isinstance(gap, Gap)]
+
+
+async def audits(redis: Redis) -> list[BookAudit]:
+    """Read every comparison with a newer image that was pushed."""
+    return [audit for audit in await _records(redis, "book_audit") if isinstance(audit, BookAudit)]
 
 
 async def _records(redis: Redis, kind: str) -> list[Record]:

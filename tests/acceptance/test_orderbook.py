@@ -61,7 +61,9 @@ async def test_no_row_is_ever_wrong(
     async with rig.exchange(tmp_path, *SIMULATED, "--seed", str(seed)) as simulated:
         rates = DEPTH_FAULTS | REST_FAULTS
         await simulated.post("rates", seed=seed, rates=rates)
-        environment = rig.environment(simulated, redis_environment, **MARKETS)
+        environment = rig.environment(
+            simulated, redis_environment, **MARKETS, BOOK_AUDIT_SECONDS="0.5"
+        )
         with rig.process("orderbook", log=tmp_path / "log", **environment) as books:
 
             async def enough_went_wrong() -> bool:
@@ -79,14 +81,16 @@ async def test_no_row_is_ever_wrong(
 
             async def goes_on() -> bool:
                 now = await row_counts(redis)
-                return all(now[symbol] >= before[symbol] + 5 for symbol in SYMBOLS)
+                is_audited = bool(await rig.audits(redis))
+                return is_audited and all(now[s] >= before[s] + 5 for s in SYMBOLS)
 
-            await rig.eventually(goes_on, "rows of both books after the faults")
+            await rig.eventually(goes_on, "rows of both books after the faults, and an audit")
             assert await rig.exit_code(books) == 0
         assert await none_live(redis)
         stored = await rig.rows(redis)
         assert await rig.assert_true(simulated, stored) == len(stored)
     assert_one_row_an_instant(stored)
+    assert not [audit for audit in await rig.audits(redis) if audit.levels_different]
     # A break is found at that message and named: no row stands within the window missed.
     missed = [gap for gap in await rig.gaps(redis) if gap.channel == "depth"]
     assert missed
