@@ -303,8 +303,12 @@ async def judge(
     are_counters_whole: bool = True,
     are_books_wanted: bool = True,
     start_ids: Mapping[Market, int] | None = None,
+    within: float = CEILING,
 ) -> Verdict:
     """Check everything that can be seen from outside, once the pipeline has come to rest.
+
+    The exchange publishes nothing more; books may still be written. Each market gets `within`
+    seconds in which its holes are filled or explained, and each queue in which it is empty once.
 
     `hits` says how often each intended fault really happened, `dead` how many dead letters were
     planted by kind of record. Where Redis lost its counters `are_counters_whole` is False and they
@@ -314,20 +318,30 @@ async def judge(
     verdict = Verdict(doubts=doubts_of(hits))
     for market in markets:
         start = (start_ids or {}).get(market)
-        await _judge_trades(verdict, truth, database, market, start)
+        await _judge_trades(verdict, truth, database, market, start, within)
         compared = await _judge_books(verdict, truth, database, redis, market)
         if are_books_wanted and not compared:
             verdict.doubts.append(f"{market}: no book was stored")
     for kind, table in TABLES.items():
-        balance = await RecordQueue(redis, kind).balance()
-        rows = await database.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608  # our own names
+        # Rows first: once the queue is empty, all that was stored by then has been acked.
+        rows = await database.fetchval(f"SELECT count(*) FROM {table}")
         verdict.violations += check_balance(
             kind,
-            balance,
+            await _drained(RecordQueue(redis, kind), within),
             rows=rows if are_counters_whole else None,
             dead=(dead or {}).get(kind, 0),
         )
     return verdict
+
+
+async def _drained(queue: RecordQueue, within: float) -> Balance:
+    """Give the balance once nothing waits, or after so many seconds as it is."""
+    deadline = asyncio.get_running_loop().time() + within
+    while (balance := await queue.balance()).length:
+        if asyncio.get_running_loop().time() > deadline:
+            break
+        await asyncio.sleep(0.05)
+    return balance
 
 
 async def wait_until_stored(
@@ -356,20 +370,41 @@ async def _judge_trades(
     database: asyncpg.Connection,
     market: Market,
     start: int | None,
+    within: float,
 ) -> None:
-    name = str(market)
+    """Judge what was published until now; holes get `within` seconds to be filled or explained."""
     last = await truth.last_id(market.symbol)
-    stored = await stored_trades(database, market)
-    gaps = await stored_gaps(database, market)
-    if last is None or not stored:
-        verdict.doubts.append(f"{name}: no trade was {'published' if last is None else 'stored'}")
     if last is None:
+        verdict.doubts.append(f"{market}: no trade was published")
         return
+    deadline = asyncio.get_running_loop().time() + within
+    while True:
+        stored = await stored_trades(database, market)
+        violations = await _check_trades(truth, database, market, (start, last), stored)
+        if not violations or asyncio.get_running_loop().time() > deadline:
+            break
+        await asyncio.sleep(0.2)
+    verdict.violations += violations
+    if not stored:
+        verdict.doubts.append(f"{market}: no trade was stored")
+
+
+async def _check_trades(
+    truth: Truth,
+    database: asyncpg.Connection,
+    market: Market,
+    ids: tuple[int | None, int],
+    stored: Sequence[Trade],
+) -> list[Violation]:
+    """Check the trades with these ids, from the lowest that is known where the first is None."""
+    start, last = ids
+    gaps = await stored_gaps(database, market)
     known = [*(row.first_id for row in stored), *(gap.ids[0] for gap in gaps)]
     first = min(known, default=last) if start is None else start
     published = await truth.trades(market.symbol, first, last)
     stored = [row for row in stored if first <= row.first_id and row.trade_id <= last]
-    verdict.violations += [
+    name = str(market)
+    return [
         *check_complete(name, published, stored, gaps),
         *check_explanations(name, published, stored, gaps, await truth.hidden(market.symbol)),
         *check_distinct(name, stored),

@@ -240,7 +240,12 @@ class Recorded:
 
     async def judge(self, hits: dict[str, int] | None = None) -> Verdict:
         return await invariants.judge(
-            self.truth, self.database, self.redis, [BTC], hits={"cut": 1} if hits is None else hits
+            self.truth,
+            self.database,
+            self.redis,
+            [BTC],
+            hits={"cut": 1} if hits is None else hits,
+            within=SHORT,
         )
 
     async def control(self, page: str, **body: str | int) -> None:
