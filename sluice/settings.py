@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal, NoReturn, get_args, get_origin
 
 from dotenv import dotenv_values
 from pydantic import (
@@ -148,6 +148,13 @@ class Settings(BaseSettings):
             parse_market(text)
         return value
 
+    @field_validator("streams")
+    @classmethod
+    def _are_any(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise ValueError("name at least one stream")
+        return value
+
     @field_validator("proxy_url")
     @classmethod
     def _is_proxy(cls, value: SecretStr | None) -> SecretStr | None:
@@ -225,14 +232,21 @@ def _accepted(name: str) -> str:
     field = Settings.model_fields.get(name.lower())
     if field is None or field.annotation is None:
         return ""
+    annotation, rules = field.annotation, list(field.metadata)
+    options = get_args(annotation)
+    if type(None) in options:
+        (annotation,) = (option for option in options if option is not type(None))
+        if get_origin(annotation) is Annotated:
+            annotation, *about = get_args(annotation)
+            rules += [rule for entry in about for rule in getattr(entry, "metadata", [])]
     bounds = [
         f"{word} {getattr(rule, key)}"
-        for rule in field.metadata
+        for rule in rules
         for key, word in (("ge", "from"), ("gt", "above"), ("le", "to"))
         if getattr(rule, key, None) is not None
     ]
-    default = "" if field.default is None else f"; the default is {field.default}"
-    return f" (accepted: {_type_name(field.annotation)}{' '.join(['', *bounds])}{default})"
+    default = f"; the default is {field.default}" if field.default not in (None, []) else ""
+    return f" (accepted: {' '.join([_type_name(annotation), *bounds])}{default})"
 
 
 def _type_name(annotation: Any) -> str:  # noqa: ANN401  # a type expression
@@ -240,13 +254,12 @@ def _type_name(annotation: Any) -> str:  # noqa: ANN401  # a type expression
         int: "a whole number",
         float: "a number",
         bool: "true or false",
-        str: "a text",
         list[str]: "a list, comma separated",
+        Path: "a path",
     }
-    if annotation in names:
-        return names[annotation]
-    options = [str(option) for option in getattr(annotation, "__args__", ())]
-    return "one of " + ", ".join(options) if options else "a text"
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(get_args(annotation))
+    return names.get(annotation, "a text")
 
 
 def _refuse_misspelt(names: Iterable[str]) -> None:
