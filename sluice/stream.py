@@ -31,6 +31,8 @@ HEALTHY_SECONDS: Final = 60.0
 SILENCE_SECONDS: Final = 30.0
 """After how long without a frame the peer is asked whether it is there."""
 ANSWER_SECONDS: Final = 10.0
+WATCH_SECONDS: Final = 5.0
+"""How often an open socket is looked at."""
 SETTLED_SECONDS: Final = 0.1
 """How long no frame must have been read for none to be waiting."""
 RENEWAL_SECONDS: Final = 60.0
@@ -272,7 +274,7 @@ class Stream:
             assert session.reader is not None  # noqa: S101  # every session is opened with one
             await asyncio.wait(
                 [session.reader, stopping, renewing],
-                timeout=5.0,
+                timeout=WATCH_SECONDS,
                 return_when=asyncio.FIRST_COMPLETED,
             )
             renewing.cancel()
