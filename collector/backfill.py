@@ -30,6 +30,8 @@ from sluice.records import Gap, Trade
 from sluice.rest import RestClient, RestError
 
 POLL_SECONDS: Final = 0.25
+RETRY_SECONDS: Final = 1.0
+MOST_RETRY_SECONDS: Final = 30.0
 SIGHTINGS: Final = 3
 """How often an answer must pass an id over before it is absent: REST lags behind the socket."""
 REFUSALS: Final = 5
@@ -90,7 +92,7 @@ class Venue:
 class _Attempts:
     """What this process remembers of a hole: nothing that a restart could not learn again."""
 
-    backoff: Backoff = field(default_factory=lambda: Backoff(first=1.0, most=30.0))
+    backoff: Backoff = field(default_factory=lambda: Backoff(RETRY_SECONDS, MOST_RETRY_SECONDS))
     due: float = 0.0
     refusals: int = 0
     sightings: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -154,7 +156,9 @@ class Backfill:
             if not await self._redis.set(lease, self._token, nx=True, px=LEASE_MS):
                 continue
             try:
-                await self._fetch(hole, gap, ledger, attempts)
+                # Who held the lease before may have filled it.
+                if hole in await ledger.holes():
+                    await self._fetch(hole, gap, ledger, attempts)
             finally:
                 await self._release(keys=[lease], args=[self._token])
             return True

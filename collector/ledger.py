@@ -123,8 +123,18 @@ class Ledger:
     async def explain(
         self, first: int, last: int, status: Literal["absent", "lost"], cause: str
     ) -> None:
-        """Name ids that can not be had and take them out of the holes."""
-        await self._push(self._gap(first, last, status, cause, status))
+        """Name ids that can not be had and take them out of the holes.
+
+        Where they are a whole open gap, that is what becomes of it; else they get a row of their
+        own.
+        """
+        whole = [gap for gap in await self.open_gaps() if _range(gap) == (first, last)]
+        for gap in whole:
+            why = f"{gap.cause}; {cause}"[:200]
+            await self._push(_revised(gap, status=status, cause=why, ts_closed=now_micros()))
+            await self._redis.hdel(self._gaps_key, gap.gap_id)
+        if not whole:
+            await self._push(self._gap(first, last, status, cause, status))
         await self._trade_queue.push([], [Segment(self.field, first, last)])
 
     async def reopen(self, ranges: Sequence[tuple[int, int]]) -> None:
