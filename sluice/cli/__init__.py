@@ -4,9 +4,11 @@ import typer
 
 from sluice.cli import database, dead, queues
 from sluice.cli.audit import audit
+from sluice.cli.doctor import doctor
 from sluice.cli.gaps import gaps
 from sluice.cli.install import install
 from sluice.cli.run import run, stop
+from sluice.cli.status import status
 
 app = typer.Typer(
     name="sluice",
@@ -14,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they print the values of variables, passwords too
 )
-for command in (run, stop, gaps, audit, install):
+for command in (run, stop, status, doctor, gaps, audit, install):
     app.command()(command)
 app.add_typer(database.app, name="db")
 app.add_typer(queues.app, name="queues")

@@ -51,13 +51,13 @@ def check(*, as_json: Json = False) -> None:
     async def work(settings: Settings) -> list[dict[str, Any]]:
         connection = await connect_postgres(settings)
         try:
-            return await _findings(connection)
+            return await findings(connection)
         finally:
             await connection.close()
 
-    findings = run(work)
-    show(findings, as_json=as_json, empty="")
-    if not all(finding["is_sound"] for finding in findings):
+    found = run(work)
+    show(found, as_json=as_json, empty="")
+    if not all(finding["is_sound"] for finding in found):
         raise typer.Exit(EXIT_UNEXPLAINED)
 
 
@@ -85,7 +85,8 @@ def candles(
     run(work)
 
 
-async def _findings(connection: asyncpg.Connection) -> list[dict[str, Any]]:
+async def findings(connection: asyncpg.Connection) -> list[dict[str, Any]]:
+    """Look at what makes the database trustworthy; a row each. Raises what asyncpg raises."""
     found: list[dict[str, Any]] = []
 
     def note(what: str, value: object, wanted: str, *, is_sound: bool) -> None:

@@ -125,3 +125,32 @@ def test_an_audit_can_be_recomputed_with_the_query_it_prints() -> None:
 def test_a_server_that_is_away_is_one_line_and_exit_3() -> None:
     told = sluice({"REDIS_PORT": "1"}, "queues", code=3)
     assert len(told.stderr.splitlines()) == 1
+
+
+async def test_status_shows_markets_queues_and_gaps(
+    redis: Redis, redis_environment: dict[str, str], postgres: Database
+) -> None:
+    execute(postgres, FILL)
+    await RecordQueue(redis, "trade").push([trade(1)])
+    environment = {**redis_environment, **postgres.environment}
+    facts = json.loads(sluice(environment, "status", "--json").stdout)
+    assert [market["market"] for market in facts["markets"]] == ["binance:BTCUSDT"]
+    assert {queue["kind"]: queue["depth"] for queue in facts["queues"]}["trade"] == 1
+    assert facts["gaps"] == {}
+    assert "binance:BTCUSDT" in sluice(environment, "status").stdout
+
+
+def test_doctor_finds_nothing_wrong_with_sound_servers_but_what_the_tests_did_to_them(
+    redis_environment: dict[str, str], postgres: Database
+) -> None:
+    environment = {**redis_environment, **postgres.environment, "SYMBOLS": "binance:BTCUSDT"}
+    found = json.loads(sluice(environment, "doctor", "--json", code=1).stdout)
+    assert {row["what"] for row in found if row["is_sound"] == "NO"} == {"fsync"}
+
+
+def test_doctor_names_what_is_away_and_what_to_do() -> None:
+    away = {"REDIS_PORT": "1", "POSTGRES_PORT": "1"}
+    found = json.loads(sluice(away, "doctor", "--json", code=1).stdout)
+    wrong = {row["what"]: row["fix"] for row in found if row["is_sound"] == "NO"}
+    assert wrong.keys() == {"SYMBOLS", "redis", "postgres"}
+    assert "REDIS_HOST" in wrong["redis"]

@@ -1,0 +1,89 @@
+"""`sluice status`: everything on one screen, read from Redis and SQL."""
+
+import asyncio
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from sluice.cli.observer import Observer, Sample
+from sluice.cli.output import EXIT_UNREACHABLE, Json, run
+from sluice.cli.screen import screen
+from sluice.connections import connect_postgres
+from sluice.settings import Market, Settings
+
+RATE_SECONDS: Final = 1.0
+_MARKETS: Final = "SELECT exchange, symbol FROM markets ORDER BY exchange, symbol"
+_GAPS: Final = "SELECT status, count(*) AS number FROM gaps GROUP BY status ORDER BY status"
+
+
+def status(
+    *,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.2, help="Between two looks.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Show markets, books, queues, what is committed, gaps and dead letters.
+
+    The markets are those of SYMBOLS, or all in the database. Exit code 3 when a server can not be
+    reached.
+    """
+
+    async def work(settings: Settings) -> str:
+        markets = settings.markets or await _markets(settings)
+        observer = Observer(settings, markets)
+        try:
+            await observer.sample()
+            await asyncio.sleep(RATE_SECONDS)
+            sample = await observer.sample()
+            if as_json:
+                typer.echo(msgspec.json.encode(await _facts(settings, sample)).decode())
+            elif watch:
+                with Live(_draw(sample, await _gaps(settings)), auto_refresh=False) as live:
+                    while True:
+                        await asyncio.sleep(seconds)
+                        sample = await observer.sample()
+                        live.update(_draw(sample, await _gaps(settings)), refresh=True)
+            else:
+                Console().print(_draw(sample, await _gaps(settings)))
+            return sample.problem
+        finally:
+            await observer.close()
+
+    try:
+        problem = run(work)
+    except KeyboardInterrupt:
+        return
+    if problem:
+        raise typer.Exit(EXIT_UNREACHABLE)
+
+
+def _draw(sample: Sample, gaps: dict[str, int]) -> RenderableType:
+    told = ", ".join(f"{number} {status}" for status, number in gaps.items()) or "none"
+    return Group(screen(sample, "Sluice"), Text(f"gaps: {told}"))
+
+
+async def _facts(settings: Settings, sample: Sample) -> dict[str, Any]:
+    facts: dict[str, Any] = msgspec.to_builtins(sample, enc_hook=str)
+    for market, state in zip(facts["markets"], sample.markets, strict=True):
+        market["market"] = str(state.market)
+    return {**facts, "gaps": await _gaps(settings)}
+
+
+async def _markets(settings: Settings) -> list[Market]:
+    connection = await connect_postgres(settings)
+    try:
+        return [Market(row["exchange"], row["symbol"]) for row in await connection.fetch(_MARKETS)]
+    finally:
+        await connection.close()
+
+
+async def _gaps(settings: Settings) -> dict[str, int]:
+    connection = await connect_postgres(settings)
+    try:
+        return {row["status"]: row["number"] for row in await connection.fetch(_GAPS)}
+    finally:
+        await connection.close()
