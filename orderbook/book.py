@@ -49,7 +49,7 @@ class _Side:
         self._max_levels = max_levels
         self._keys: dict[str, int] = {}
         self._bound = _UNBOUNDED
-        self._edge = _UNBOUNDED
+        self._edge = -_UNBOUNDED
         self._window: list[int] = []
         self._ordered_depth = _WINDOW
         self._moved: set[int] = set()
@@ -108,7 +108,7 @@ class _Side:
         if self._top is None or depth != self._shown_depth:
             best = self._ordered(depth)[:depth]
             self._top = list(map(self.trusted.__getitem__, best))
-            self._shown = best[-1] if len(best) == depth else self._edge
+            self._shown = best[-1] if best and len(best) == depth else self._edge
             self._shown_depth = depth
         return self._top
 
@@ -167,7 +167,7 @@ class _Side:
         if len(window) < depth:
             if len(window) < len(trusted):
                 window = self._window = sorted(trusted)
-            self._edge = _UNBOUNDED
+            self._edge = self._bound
             self._ordered_depth = max(self._ordered_depth, 2 * depth)
         if len(window) > 2 * self._ordered_depth:
             del window[self._ordered_depth :]
@@ -277,13 +277,15 @@ class OrderBook:
         """
         depth = min(self.trusted_depth, other.trusted_depth)
         compared = different = 0
-        for side, its in ((self._bids, other._bids), (self._asks, other._asks)):
-            sizes = dict(map(_numbers, side.sorted(depth)))
-            others = dict(map(_numbers, its.sorted(depth)))
+        for ours, theirs in zip(self._sorted(depth), other._sorted(depth), strict=True):  # noqa: SLF001  # a book
+            sizes, others = dict(map(_numbers, ours)), dict(map(_numbers, theirs))
             prices = sizes.keys() | others.keys()
             compared += len(prices)
             different += sum(sizes.get(price) != others.get(price) for price in prices)
         return compared, different
+
+    def _sorted(self, depth: int) -> tuple[list[Level], list[Level]]:
+        return self._bids.sorted(depth), self._asks.sorted(depth)
 
     def digest(self) -> str:
         """Give the SHA-256 of every level held, trusted or not, as hexadecimal digits.

@@ -247,11 +247,11 @@ class BookSynchronizer:
         renewed.load(image.bids, image.asks, limit=image.limit)
         for depth in after:
             renewed.apply(depth.bids, depth.asks)
-        self._forget_buffer()
         self.compared = renewed.differences(self.book)
         if self.compared[1]:
             self._restart()
             return Outcome.DIFFERED
+        self._forget_buffer()
         self.book = renewed
         return Outcome.RENEWED
 
@@ -272,6 +272,8 @@ class BookSynchronizer:
     def _restart(self) -> None:
         """Empty the book and begin a sync with the changes that are kept, if any."""
         self._empty()
+        self._is_renewing = False
+        self._early_image = None
         if self._buffer:
             self._begin(self._buffer[-1].ts_recv)
             self.state = State.WAITING_FOR_IMAGE

@@ -1,0 +1,1 @@
+"""Side by side: this, what it is built from, and what others use."""
