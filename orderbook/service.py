@@ -36,7 +36,6 @@ IMAGE_FACTOR: Final = 50
 LEAST_IMAGE: Final = 1000
 LAST_WORDS_SECONDS: Final = 2.0
 """How long deleting the hashes at the end may take; without Redis they expire."""
-CANCEL_SECONDS: Final = 0.2
 SHOWN: Final = 3
 """How many books the statistics line names."""
 
@@ -268,22 +267,16 @@ async def run(process: Process) -> None:
                 )
             ]
             await stop.wait()
-            await asyncio.wait([asyncio.create_task(_gone(watching)), *sources])
+            for task in watching:
+                task.cancel()
+            await asyncio.wait([*watching, *sources])
             latest.close()
             coverage.close()
             await asyncio.wait(writing, timeout=LAST_WORDS_SECONDS)
-            await _gone(writing)
+            for task in writing:
+                task.cancel()
             publisher_stop.set()
             await publishing
-
-
-async def _gone(tasks: Sequence["asyncio.Task[None]"]) -> None:
-    """Cancel tasks until they end: a client may take a cancellation for a timeout and go on."""
-    waiting = {task for task in tasks if not task.done()}
-    while waiting:
-        for task in waiting:
-            task.cancel()
-        _, waiting = await asyncio.wait(waiting, timeout=CANCEL_SECONDS)
 
 
 def _by_exchange(markets: Sequence[Market]) -> Mapping[str, list[str]]:
