@@ -9,6 +9,8 @@ from typing import Self
 
 import aiohttp
 
+from sluice.simulator.synthetic import RESERVED_IDS
+
 PATIENCE = 60
 
 
@@ -78,9 +80,11 @@ async def test_it_says_where_it_is_serves_and_ends_on_sigterm(tmp_path: Path) ->
 async def test_a_second_run_goes_on_counting(tmp_path: Path) -> None:
     arguments = ("--state", str(tmp_path / "ids"), "--symbols", "BTCUSDT", "--rate", "50")
     async with Process(*arguments) as simulator:
-        await simulator.with_trades("BTCUSDT")
+        status = await simulator.with_trades("BTCUSDT")
         await simulator.end()
+    published = status["symbols"]["BTCUSDT"]["ids"][1]
     last_id, last_update = json.loads((tmp_path / "ids").read_text())["BTCUSDT"]
+    assert published <= last_id < published + RESERVED_IDS  # kept at its end: none are skipped
     async with Process(*arguments) as simulator:
         status = await simulator.with_trades("BTCUSDT")
         assert status["symbols"]["BTCUSDT"]["ids"][0] == last_id + 1

@@ -12,7 +12,7 @@ import pytest
 from sluice.simulator import Simulator, SimulatorConfig
 
 PATIENCE = 60
-CONFIG = SimulatorConfig(symbols=("BTCUSDT", "SOLUSDT"), seed=2, rate=400, weight_window=1e12)
+CONFIG = SimulatorConfig(symbols=("BTCUSDT", "SOLUSDT"), seed=2, rate=2_000, weight_window=1e12)
 
 
 class Rest:

@@ -148,6 +148,20 @@ def test_every_fault_is_suffered() -> None:
     assert FAULTS.keys() == MESSAGE | CONNECTION | HANDSHAKE | CONTROL | REST
 
 
+async def test_a_quiet_exchange_gives_no_cause_to_resync_or_to_ask_again() -> None:
+    async with (
+        Simulator(CONFIG) as simulator,
+        SheetClient(simulator.ws_url, simulator.url, list(SYMBOLS), silence=PATIENCE) as client,
+    ):
+        await is_settled(client)
+        await until(lambda: all(book.applied > 10 for book in client.books.values()))
+        assert (client.connects, client.malformed, client.unknown) == (1, 0, 0)
+        assert [book.resyncs for book in client.books.values()] == [1, 1]
+        assert not any(trades.seen_again for trades in client.trades.values())
+        assert not any("historical" in request.path for request in simulator.truth.requests)
+        await assert_whole(simulator, client)
+
+
 async def test_ids_that_rest_does_not_have_are_known_to_be_absent() -> None:
     async with (
         Simulator(CONFIG) as simulator,

@@ -38,7 +38,7 @@ def test_decimals_are_read_exactly_or_not_at_all() -> None:
     assert parse("1.1000000000") == 110_000_000
     assert product(parse("0.5"), parse("3")) == parse("1.5")
     for wrong in ("1.123456789", "", "NaN", "1e5"):
-        with pytest.raises(ValueError, match="decimal|literal"):
+        with pytest.raises(ValueError, match=r"decimal|literal"):
             parse(wrong)
 
 
