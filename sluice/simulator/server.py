@@ -84,13 +84,15 @@ class Simulator:
         assert self._playing is not None  # noqa: S101 - entered
         assert self._runner is not None  # noqa: S101 - entered
         self._playing.cancel()
-        await asyncio.gather(self._playing, return_exceptions=True)
+        (ending,) = await asyncio.gather(self._playing, return_exceptions=True)
         if isinstance(self.source, SyntheticSource):
             self.source.save()
         for connection in list(self.connections.values()):
             connection.abort()
         await self._runner.cleanup()
         self.exchange.close_log()
+        if isinstance(ending, Exception):
+            raise ending  # a source that died must not pass for a quiet market
 
     async def failed(self) -> None:
         """Wait until the source ends by an error, and raise it."""

@@ -18,6 +18,7 @@ from sluice.simulator.oracle import results
 from sluice.simulator.payloads import in_microseconds
 from sluice.simulator.recorder import record
 from sluice.simulator.recording import chains, read_lines
+from sluice.simulator.server import Simulator
 from sluice.simulator.truth import ranges
 
 DATA = Path(__file__).parents[2] / "data"
@@ -163,3 +164,11 @@ def test_nanosecond_timestamps_are_told_from_microseconds(tmp_path: Path) -> Non
     path.write_bytes(b'1723161254206652067 {"stream":"xy@trade","data":{"e":"trade"}}\n')
     (line,) = read_lines(path)
     assert line == (1723161254206652, "XY", "xy@trade", b'{"e":"trade"}')
+
+
+async def test_a_source_that_dies_does_not_pass_for_a_quiet_market(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b'1723161254206652 {"stream":"xy@trade","data":{"e":"trade","E":1}}\n')
+    with pytest.raises(KeyError):
+        async with Simulator(SimulatorConfig(recordings=(path,), speed=0)) as simulator:
+            await simulator.failed()
