@@ -75,6 +75,7 @@ class Drain:
         self._table = table
         self._process = process
         self._backoff = Backoff(first=0.1, most=MOST_SECONDS)
+        self._told: Verdict | None = None
         self._writer: Writer | None = None
         self._item_bytes = 200.0
 
@@ -212,6 +213,7 @@ class Drain:
         if self._backoff.failures:
             logger.info("{}: flows again", self.queue.kind)
         self._backoff.reset()
+        self._told = None
         self._process.health.ready(self.queue.kind)
 
     def _failed(self, error: Exception) -> float:
@@ -227,9 +229,10 @@ class Drain:
             logger.opt(exception=error).error(
                 "{}: a bug; the batch stays in the queue and is tried again", kind
             )
-        elif self._backoff.failures == 1 or delay > RARE_SECONDS:
+        elif verdict is not self._told or delay > RARE_SECONDS:
             level = "ERROR" if verdict is Verdict.MISSING else "WARNING"
             logger.log(level, "{}: not written ({}); the batch stays in the queue", kind, text)
+        self._told = verdict
         return min(delay, STOPPING_SECONDS) if self._process.stop.is_set() else delay
 
     def _blocked(self, error: TooNewError | DeadListFullError) -> None:

@@ -42,6 +42,7 @@ _VERDICTS = {
         asyncpg.CrashShutdownError,
         asyncpg.CannotConnectNowError,
         asyncpg.InterfaceError,  # "connection is closed"
+        asyncpg.InternalClientError,  # asyncpg #784: a backend died at an awkward moment
     ),
     Verdict.TRANSIENT: (
         asyncpg.TransactionRollbackError,
