@@ -133,7 +133,6 @@ class Settings(BaseSettings):
     metrics_host: str = "127.0.0.1"
     metrics_port: Port | None = None
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-
     log_file: Path | None = None
 
     @field_validator("log_level", mode="before")
@@ -225,10 +224,11 @@ def _explain(error: ValidationError) -> Iterable[str]:
     for problem in error.errors():
         name = str(problem["loc"][0]).upper() if problem["loc"] else ""
         message = problem["msg"].removeprefix("Value error, ")
-        yield f"{name}: {message}{_accepted(name)}" if name else message
+        yield f"{name}: {message}{accepted(name)}" if name else message
 
 
-def _accepted(name: str) -> str:
+def accepted(name: str) -> str:
+    """Say what a variable accepts and what its default is, or nothing for an unknown one."""
     field = Settings.model_fields.get(name.lower())
     if field is None or field.annotation is None:
         return ""
@@ -245,8 +245,15 @@ def _accepted(name: str) -> str:
         for key, word in (("ge", "from"), ("gt", "above"), ("le", "to"))
         if getattr(rule, key, None) is not None
     ]
-    default = f"; the default is {field.default}" if field.default not in (None, []) else ""
+    default = "" if field.default in (None, [], "") else f"; the default is {_text(field.default)}"
     return f" (accepted: {' '.join([_type_name(annotation), *bounds])}{default})"
+
+
+def _text(value: object) -> str:
+    """Write a value as one writes it in `.env`."""
+    if isinstance(value, list):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _type_name(annotation: Any) -> str:  # noqa: ANN401  # a type expression

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sluice.cli.configuration import markdown
 from sluice.settings import BadSettingsError, Market, Settings, load, load_or_exit
 
 EXAMPLE = Path(__file__).parents[2] / ".env.example"
@@ -186,3 +187,10 @@ def test_secrets_come_from_the_directory_that_systemd_names(
     password = load().redis_password
     assert password is not None
     assert password.get_secret_value() == "hunter2"
+
+
+def test_the_page_of_the_settings_is_what_the_settings_say() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "configuration.md").read_text()
+    example = (root / ".env.example").read_text()
+    assert page == markdown(example), "python -m sluice.cli.configuration > docs/configuration.md"
