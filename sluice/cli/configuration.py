@@ -13,8 +13,10 @@ from sluice.settings import accepted
 _HEAD = """\
 # Configuration
 
-Every process reads the environment, then `.env`. A bad value, or a name in `.env` that is nearly one of these, is one line and exit code 2. Passwords may
-also come from files named after their variable in `$CREDENTIALS_DIRECTORY` (systemd's LoadCredential). Made by `python -m sluice.cli.configuration`.
+Every process reads the environment, then `.env`. A bad value, or a name in `.env` that is nearly
+one of these, is one line and exit code 2. Passwords may also come from files named after their
+variable in `$CREDENTIALS_DIRECTORY` (systemd's LoadCredential). This page is made by
+`python -m sluice.cli.configuration`.
 
 | variable | what it does | accepted |
 |---|---|---|
