@@ -31,7 +31,7 @@ class Book:
 
     async def has(self, symbols: set[str]) -> None:
         async with asyncio.timeout(60):
-            while not symbols <= {image.symbol for image in self.images}:  # noqa: ASYNC110  # a plain list
+            while not symbols <= {image.symbol for image in self.images}:  # a plain list
                 await asyncio.sleep(0.01)
 
 
@@ -131,6 +131,6 @@ async def test_an_unknown_symbol_holds_up_no_other(redis: Redis) -> None:
         queue.want("A", Priority.IMAGE)
         await book.has({"A"})
         async with asyncio.timeout(60):
-            while queue.failures == 0:  # noqa: ASYNC110  # a plain count
+            while queue.failures == 0:  # a plain count
                 await asyncio.sleep(0.01)
         assert queue.waiting == 1

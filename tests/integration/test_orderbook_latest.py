@@ -122,7 +122,7 @@ async def test_after_a_deletion_the_hash_does_not_go_back(redis: Redis) -> None:
 async def test_a_book_that_is_not_renewed_expires(redis: Redis) -> None:
     await Writer(redis, expiry_ms=50).write(100, 7)
     async with asyncio.timeout(60):
-        while await redis.exists(KEY):  # noqa: ASYNC110  # Redis sends no event
+        while await redis.exists(KEY):  # Redis sends no event
             await asyncio.sleep(0.01)
 
 
@@ -167,11 +167,11 @@ async def test_the_writer_does_what_was_noted(redis: Redis, *, is_lost: bool) ->
         writer.book = book(100, 7)
         writer.latest.changed(MARKET)
         async with asyncio.timeout(60):
-            while not await redis.exists(KEY):  # noqa: ASYNC110  # Redis sends no event
+            while not await redis.exists(KEY):  # Redis sends no event
                 await asyncio.sleep(0.01)
         if is_lost:
             writer.book = None
             writer.latest.lost(MARKET, 100)
             async with asyncio.timeout(60):
-                while await redis.exists(KEY):  # noqa: ASYNC110  # Redis sends no event
+                while await redis.exists(KEY):  # Redis sends no event
                     await asyncio.sleep(0.01)
