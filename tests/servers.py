@@ -85,6 +85,6 @@ def schema_template(administration: Database) -> Iterator[str]:
         execute(
             administration,
             f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false',
-            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",  # made above
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
         )
         yield name

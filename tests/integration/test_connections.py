@@ -9,8 +9,8 @@ from sluice.settings import Settings
 async def test_a_cancellation_is_never_lost_at_whatever_turn_it_comes(
     redis_environment: dict[str, str],
 ) -> None:
-    settings = Settings(
-        _env_file=None, **{name.lower(): value for name, value in redis_environment.items()}
+    settings = Settings.model_validate(
+        {name.lower(): value for name, value in redis_environment.items()}
     )
     async with connect_redis(settings) as redis:
         await redis.ping()
