@@ -60,7 +60,7 @@ async def test_backends_that_are_terminated_again_and_again_lose_nothing(
 ) -> None:
     ended = pushed = 0
     async with flushing(environment, flush_batch_size=20) as flusher:
-        while ended < 10:
+        while ended < 4:
             await push(redis, map(trade, range(pushed, pushed + 100)))
             pushed += 100
             ended += await terminate_backends(postgres)
