@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Final
@@ -74,12 +74,13 @@ class Intake:
 class Rate:
     """How much a count rose a second, over the last RATE_SECONDS or since the start."""
 
-    def __init__(self) -> None:
-        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._marks: deque[tuple[float, int]] = deque([(clock(), 0)])
 
     def of(self, count: int) -> float:
         """Give the rate, knowing what the count is now."""
-        now = time.monotonic()
+        now = self._clock()
         while len(self._marks) > 1 and self._marks[1][0] <= now - RATE_SECONDS:
             self._marks.popleft()
         since, before = self._marks[0]

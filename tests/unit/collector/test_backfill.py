@@ -1,13 +1,11 @@
 """What a page of history proves about a hole."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.backfill import UnorderedPageError, read_page
 from collector.ledger import Hole
-from sluice.publisher import contiguous
-from sluice.queue import Segment
 from sluice.records import Trade
 
 PAGE = 10
@@ -70,6 +68,7 @@ def test_a_page_that_does_not_ascend_from_the_id_asked_for_proves_nothing(ids: l
 
 
 @given(st.sets(st.integers(1, 60)), st.integers(1, 40), st.integers(0, 20))
+@settings(derandomize=True, deadline=None)
 def test_every_id_of_a_hole_is_given_missing_or_still_to_be_asked_for(
     served: set[int], first: int, length: int
 ) -> None:
@@ -81,10 +80,3 @@ def test_every_id_of_a_hole_is_given_missing_or_still_to_be_asked_for(
     within = set(range(hole.first, hole.last + 1))
     assert given_ids == set(answer) & within
     assert missing == {n for n in within - served if any(n < number for number in answer)}
-
-
-def test_runs_of_contiguous_ids_become_segments() -> None:
-    name = "binance:BTCUSDT:trade"
-    runs = contiguous([trade(3, first_id=1), *trades(4, 5, 9), trade(12, first_id=10)])
-    assert runs == [Segment(name, 1, 5), Segment(name, 9, 12)]
-    assert contiguous([]) == []
