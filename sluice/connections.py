@@ -16,13 +16,14 @@ from redis.asyncio import (
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from sluice.settings import Settings
 
 
 class _Cancellable(AbstractConnection):
-    """A connection on which no cancellation is lost.
+    """A connection on which no cancellation is lost, and whose failures are redis-py's own.
 
     redis-py sends within `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that
     comes in the turn of the loop in which the send ends: the task runs on, and its process with it.
@@ -39,6 +40,9 @@ class _Cancellable(AbstractConnection):
                 await super().send_packed_command(command, check_health)
         except TimeoutError:
             raise RedisTimeoutError("Timeout writing to socket") from None
+        except RuntimeError as error:
+            # What uvloop says of a connection that was reset while nobody looked.
+            raise RedisConnectionError(str(error)) from error
         finally:
             self.socket_timeout = seconds
 
