@@ -257,10 +257,16 @@ class Resources(NamedTuple):
 
     @classmethod
     def of(cls, pid: int) -> Self:
-        """Look at another process."""
+        """Look at another process.
+
+        Raises:
+            ProcessLookupError: it has ended.
+        """
         process = Path("/proc") / str(pid)
         lines = (process / "status").read_text(encoding="utf-8").splitlines()
         status = dict(line.split(":", 1) for line in lines)
+        if "VmRSS" not in status:
+            raise ProcessLookupError(f"process {pid} has ended")
         memory = int(status["VmRSS"].split()[0]) * 1024
         descriptors = len(list((process / "fd").iterdir()))
         return cls(memory, descriptors, int(status["Threads"]))
