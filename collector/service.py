@@ -15,6 +15,7 @@ from collector.anchors import Anchors
 from collector.backfill import Backfill, Venue
 from collector.ledger import TRADE, Ledger
 from collector.liveness import Liveness
+from collector.skew import ClockSkew
 from sluice.budget import Budget
 from sluice.clock import MICROS_PER_SECOND
 from sluice.connections import connect_redis
@@ -99,6 +100,7 @@ class Collector:
     last_seen: dict[Market, float] = field(default_factory=dict)
     backfill: Backfill | None = None
     liveness: Liveness | None = None
+    skew: ClockSkew | None = None
     rate: Rate = field(default_factory=Rate)
 
     def connection_changed(self, _: str = "") -> None:
@@ -189,6 +191,12 @@ class Collector:
             yield gauge("gaps_open", "Gaps being worked on", [({}, self.backfill.open_gaps)])
             yield counter("backfill_pages", "Pages asked for", [({}, self.backfill.pages)])
             yield counter("backfill_trades", "Trades fetched", [({}, self.backfill.filled)])
+        if self.skew is not None:
+            yield gauge(
+                "collector_clock_skew_seconds",
+                "How far our clock is ahead of the venue's",
+                [({"exchange": name}, skew) for name, skew in self.skew.seconds.items()],
+            )
         if self.liveness is not None:
             yield counter("collector_stalls", "Silent sockets found", [({}, self.liveness.stalls)])
 
@@ -222,6 +230,7 @@ async def run(process: Process) -> None:
         ]
         collector.backfill = Backfill(redis, ledgers, venues, settings.gap_settle_ms)
         collector.liveness = Liveness(redis, venues, collector.last_seen, collector.renew)
+        collector.skew = ClockSkew(venues)
         anchors = Anchors(redis, ledgers, venues, publisher.first_pushed, settings)
 
         # The publisher stops last: it pushes what the sockets brought until their end.
@@ -236,6 +245,7 @@ async def run(process: Process) -> None:
                     fitness,
                     collector.backfill.run(stop),
                     anchors.run(stop),
+                    collector.skew.run(stop),
                     *([collector.liveness.run(stop)] if ledgers else []),
                 )
             )

@@ -9,14 +9,17 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 from aiohttp import web
+from loguru import logger
 from redis.asyncio import Redis
 
 from collector import backfill as backfill_module
 from collector import liveness as liveness_module
+from collector import skew as skew_module
 from collector.anchors import Anchors, subtract
 from collector.backfill import Backfill, Venue
 from collector.ledger import Ledger
 from collector.liveness import Liveness
+from collector.skew import ClockSkew
 from sluice import records
 from sluice.budget import Budget
 from sluice.exchanges import EXCHANGES
@@ -307,3 +310,28 @@ async def test_a_socket_that_is_silent_while_the_venue_trades_is_replaced(redis:
     assert renewed == ["simulator:BTCUSDT simulator:BTCUSDT is silent"]
     assert liveness.stalls == 1
     assert await holes(redis) == [(8, 12)]
+
+
+@pytest.mark.parametrize(("ahead", "is_told"), [(0, False), (3600, True), (-3600, True)])
+async def test_a_clock_that_is_off_is_measured_and_told_once(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, ahead: int, *, is_told: bool
+) -> None:
+    monkeypatch.setattr(skew_module, "ASK_SECONDS", 0.05)
+    # A busy machine may take its time, but not an hour.
+    monkeypatch.setattr(skew_module, "MOST_SKEW", 60.0)
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response({"serverTime": int((time.time() - ahead) * 1000)})
+
+    told: list[str] = []
+    sink = logger.add(lambda message: told.append(str(message)), level="WARNING")
+    try:
+        async with asked(redis, answer) as venues:
+            skew = ClockSkew(venues)
+            stop = asyncio.Event()
+            async with during(skew.run(stop), stop):
+                await eventually(lambda: venues["simulator"].rest.requests >= 3)
+    finally:
+        logger.remove(sink)
+    assert skew.seconds["simulator"] == pytest.approx(ahead, abs=60)
+    assert len(told) == is_told
