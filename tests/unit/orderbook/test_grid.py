@@ -1,6 +1,6 @@
 from collections.abc import Iterable
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orderbook.grid import QUIET_US, SnapshotGrid
@@ -126,9 +126,23 @@ def test_events_held_up_together_still_count_one_by_one() -> None:
     assert seconds(grid.on_event(NOW + 36 * SECOND + 1, late)) == [36]
 
 
+def test_an_event_that_comes_after_its_row_was_written_does_not_bring_the_row_again() -> None:
+    grid = grid_at(NOW)
+    assert idle(grid, 5) == [0, 1, 2, 3]
+    assert at(grid, 1.5) == []
+    assert at(grid, 4.5) == [4]
+
+
+def test_one_event_held_up_does_not_make_the_next_look_early() -> None:
+    grid = grid_at(NOW)
+    assert seconds(grid.on_event(NOW + SECOND // 2, NOW + 30 * SECOND)) == [0]
+    assert at(grid, 31.5) == list(range(1, 32))
+
+
 EVENTS = st.lists(st.integers(0, 90 * SECOND), min_size=2, max_size=30).map(sorted)
 
 
+@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(events=EVENTS, start=st.integers(0, 28), idles=st.sets(st.integers(0, 28)))
 def test_two_processes_and_a_replay_have_the_same_rows(
     events: list[int], start: int, idles: set[int]

@@ -278,7 +278,9 @@ def test_a_streamed_image_replaces_everything_and_what_came_before_it() -> None:
     assert sync.sync_id > first
     assert sync.book.top(5) == ([("8", "1")], [])
     assert sync.on_depth(link(539, 551)) is Outcome.APPLIED
+    second = sync.sync_id
     assert sync.on_image(image(20, [("7", "1")])) is Outcome.LIVE
+    assert sync.sync_id > second
     assert sync.on_depth(link(20, 21)) is Outcome.APPLIED
     assert sync.book.best_bid == ("7", "1")
 
@@ -315,6 +317,16 @@ def test_a_renewal_waits_for_the_changes_that_its_image_is_ahead_of() -> None:
     assert sync.on_depth(diff(101, 101, bids=[("10", "2")])) is Outcome.APPLIED
     assert sync.on_depth(diff(102, 103, bids=[("9", "1"), ("10", "3")])) is Outcome.RENEWED
     assert sync.book.top(5) == ([("10", "3"), ("9", "1")], [("11", "1")])
+
+
+def test_a_renewal_is_not_done_with_an_image_from_before_it() -> None:
+    sync = live()
+    sync.on_depth(diff(101, 101, bids=[("10", "2")]))
+    sync.renew()
+    old = image(100, [("10", "1")], [("11", "1")])
+    assert sync.on_image(old) is Outcome.IMAGE_TOO_OLD
+    assert sync.is_live
+    assert sync.book.best_bid == ("10", "2")
 
 
 def test_a_renewal_that_shows_another_book_ends_the_sync() -> None:
