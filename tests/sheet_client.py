@@ -16,7 +16,7 @@ import aiohttp
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidHandshake, WebSocketException
 
-REST_TIMEOUT = 2.0
+REST_TIMEOUT = 4.0
 MAX_BUFFERED = 5_000
 
 

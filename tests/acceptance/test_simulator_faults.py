@@ -200,10 +200,12 @@ async def test_a_connection_is_closed_with_a_code(code: int) -> None:
 
 
 async def test_a_stalled_connection_pings_and_says_nothing() -> None:
-    async with running(PINGING) as simulator, aiohttp.ClientSession() as http:
+    config = replace(PINGING, is_paused=True)  # nothing is sent before the fault
+    async with running(config) as simulator, aiohttp.ClientSession() as http:
         url = f"{simulator.ws_url}/ws/{TRADE}"
         async with http.ws_connect(url, autoping=False) as stalled, socket(simulator) as other:
             assert simulator.inject(Order("stall"), 1) == 1
+            simulator.exchange.is_running.set()
             kinds = set()
             for _ in range(20):
                 await other.recv()
