@@ -4,6 +4,7 @@ Shares nothing with the book but the shape of its messages: the truth is a dict 
 it is looked at.
 """
 
+import functools
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -79,9 +80,9 @@ class Market:
 
     def top(self, depth: int) -> tuple[Levels, Levels]:
         """Give the best levels of the true book."""
-        bids = sorted(self._bids.items(), reverse=True)[:depth]
-        asks = sorted(self._asks.items())[:depth]
-        return [(_text(p), q) for p, q in bids], [(_text(p), q) for p, q in asks]
+        bids = sorted(self._bids, reverse=True)[:depth]
+        asks = sorted(self._asks)[:depth]
+        return [(_text(p), self._bids[p]) for p in bids], [(_text(p), self._asks[p]) for p in asks]
 
     def _updates(self) -> list[tuple[bool, int, str]]:
         rng = self._rng
@@ -91,7 +92,7 @@ class Market:
             # What stands in the way goes first, so that the book is not crossed even within.
             updates += [(True, p, _NOTHING) for p in self._bids if p >= self._middle]
             updates += [(False, p, _NOTHING) for p in self._asks if p <= self._middle]
-        for _ in range(rng.randrange(6)):
+        for _ in range(rng.randrange(12)):
             is_bid = rng.random() < 0.5
             away = min(int(rng.expovariate(1 / 25)), 90) + 1
             price = self._middle - away if is_bid else self._middle + away
@@ -103,6 +104,7 @@ class Market:
 _NOTHING: Final = "0.000"
 
 
+@functools.cache
 def _text(price: int) -> str:
     return f"{price // 100}.{price % 100:02}"
 
