@@ -95,7 +95,8 @@ class Stream:
     """A set of channels of one venue on one socket, kept open until it is told to stop.
 
     `on_disconnected` is called when no socket is left, with the reason; `on_connected` when one is
-    there again. `on_progress` is called whenever the peer was heard or an attempt ended.
+    there again, before its first frame is handed on. `on_progress` is called whenever the peer was
+    heard or an attempt ended.
     """
 
     def __init__(
@@ -196,8 +197,7 @@ class Stream:
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            return None
-        return task.result()
+        return None if task.cancelled() else task.result()
 
     async def _open(self) -> _Session | None:
         """Open one socket with all channels and begin to read it; None where it failed."""
@@ -221,14 +221,21 @@ class Stream:
             logger.warning("{}: no socket ({}); trying again", self.name, reason)
             return None
         session = _Session(socket)
-        session.reader = asyncio.create_task(self._read(session))
         self.counts.connects += 1
+        if self._session is None:
+            # Before its first frame is read: who is called back may prepare for it.
+            self._session = session
+            self._on_connected()
+        session.reader = asyncio.create_task(self._read(session))
         try:
             await self._subscribe(session, rest)
         except ConnectionClosed:
             pass  # the reader says why
         except asyncio.CancelledError:
             await self._close(session)
+            if self._session is session:
+                self._session = None
+                self._on_disconnected("stopped")
             raise
         return session
 
@@ -265,8 +272,6 @@ class Stream:
         Renewals replace it in between: the new socket must have brought data before the old one is
         closed, so nothing is missed and what comes twice is dropped by its key.
         """
-        self._session = session
-        self._on_connected()
         renew_at = self._renewal_time(session)
         reason = "stopped"
         while not stopping.done():

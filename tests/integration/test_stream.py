@@ -97,7 +97,7 @@ class Client:
             VENUE,
             venue.url,
             channels or CHANNELS,
-            lambda _, frame, __: self.frames.append(frame),
+            self._take,
             gate=ConnectGate(VENUE),
             on_connected=lambda: self.events.append("connected"),
             on_disconnected=self.events.append,
@@ -109,6 +109,10 @@ class Client:
         finally:
             stop.set()
             await task
+
+    def _take(self, _: Stream, frame: bytes, __: int) -> None:
+        assert self.events[-1] == "connected", "a frame of no socket"
+        self.frames.append(frame)
 
     @property
     def hellos(self) -> list[int]:
