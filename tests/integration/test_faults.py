@@ -9,6 +9,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+import uvloop
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -23,6 +24,8 @@ from redis.exceptions import (
 )
 
 from sluice.cli.servers import PostgresServer, RedisServer
+from sluice.connections import connect_redis
+from sluice.settings import Settings
 from tests.faults import postgres_faults, redis_faults
 from tests.faults.disk import filled, small_file_system
 from tests.faults.framing import PostgresDialogue, RedisDialogue
@@ -371,6 +374,26 @@ async def test_replies_of_every_shape_pass_unchanged(
         assert redis_proxy.counts.requests >= 6
     finally:
         await client.aclose()
+
+
+def test_a_reset_is_a_connection_error_on_uvloop_too(private_redis: RedisServer) -> None:
+    async def reset_before_a_command() -> None:
+        async with Proxy("127.0.0.1", private_redis.port) as proxy:
+            client = connect_redis(Settings(redis_host="127.0.0.1", redis_port=proxy.port))
+            try:
+                connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py's
+                transport = connection._writer.transport  # noqa: SLF001  # when it has noticed
+                proxy.reset_all()
+                await eventually(lambda: "closed=True" in repr(transport))
+                with pytest.raises(RedisConnectionError):
+                    await connection.send_command("PING")
+                await client.connection_pool.release(connection)
+                assert await client.ping()
+            finally:
+                await client.aclose()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(reset_before_a_command())
 
 
 async def test_a_proxy_that_cannot_read_cannot_lose_a_reply() -> None:
