@@ -118,7 +118,7 @@ async def test_a_collector_killed_at_any_step_loses_and_repeats_nothing(
     # A hole for the steps that need one: the collector is away for a moment.
     pipeline.kill("collector")
     await asyncio.sleep(0.5)
-    process = pipeline.start("collector", **armed)
+    process = pipeline.start("collector", name="", arguments=None, **armed)
     await until(lambda: process.poll() is not None, f"the death at {point}")
     assert process.returncode == -9
     del pipeline.running["collector"]

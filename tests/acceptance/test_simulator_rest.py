@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -29,7 +30,7 @@ class Rest:
             await answer.read()
             return answer
 
-    async def json(self, path: str, **headers: str) -> object:
+    async def json(self, path: str, **headers: str) -> Any:
         answer = await self.get(path, **headers)
         assert answer.status == 200, await answer.text()
         return await answer.json()
@@ -237,7 +238,7 @@ async def test_the_control_port_tells_the_truth_and_takes_orders() -> None:
         base = f"{rest.simulator.url}/control"
         async with aiohttp.ClientSession() as http:
 
-            async def get(path: str) -> object:
+            async def get(path: str) -> Any:
                 async with http.get(f"{base}/{path}") as answer:
                     return await answer.json()
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import aiohttp
 import pytest
@@ -28,7 +29,7 @@ def socket(simulator: Simulator, path: str) -> connect:
     return connect(simulator.ws_url + path, ping_interval=None, close_timeout=0.2)
 
 
-async def ask(client: ClientConnection, method: str, *params: object, number: object = 1) -> object:
+async def ask(client: ClientConnection, method: str, *params: object, number: object = 1) -> Any:
     """Send a control message and give its answer; data in between is let go."""
     request = {"method": method, "id": number}
     if params:
@@ -36,7 +37,7 @@ async def ask(client: ClientConnection, method: str, *params: object, number: ob
     return await ask_raw(client, json.dumps(request))
 
 
-async def ask_raw(client: ClientConnection, text: str) -> object:
+async def ask_raw(client: ClientConnection, text: str) -> Any:
     await client.send(text)
     while True:
         answer = json.loads(await client.recv())
