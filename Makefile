@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PYTHON ?=
 PACKAGES = collector flusher orderbook sluice
 
-.PHONY: run test check stop clean
+.PHONY: run test check stop clean completeness books kills bench
 
 # make run [SYMBOLS=binance:BTCUSDT,binance:ETHUSDT] [SECONDS=60]
 # Without SYMBOLS it records the simulator, in a database of its own.
@@ -21,6 +21,22 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy $(PACKAGES) tests $(wildcard benchmarks)
 	$(BIN)/lint-imports
+	deploy/check
+
+# The long forms of what `make test` runs short; each prints a line a seed, a step or a row.
+completeness: $(VENV)/.installed
+	SEEDS=$(or $(SEEDS),50) SECONDS=$(or $(SECONDS),5) \
+	    $(BIN)/pytest -s tests/acceptance/test_completeness.py -k under_faults
+
+books: $(VENV)/.installed
+	SEEDS=$(or $(SEEDS),50) $(BIN)/pytest -s tests/acceptance/test_orderbook.py -k no_row
+
+kills: $(VENV)/.installed
+	SLUICE_FLUSHER_KILLS=$(or $(HITS),50) $(BIN)/pytest -s tests/acceptance/test_flusher.py -k killed
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.books
+	$(BIN)/python -m benchmarks.flusher
 
 # Ends a recording and the servers that `make run` brought; their data stays.
 stop: $(VENV)/.installed
