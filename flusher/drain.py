@@ -162,7 +162,7 @@ class Drain:
         if skip and not is_full:
             return None
         batch = batches.read(self.queue.kind, claim)
-        if self._writer is None or not self._writer.is_open:
+        if self._writer is None:
             self._writer = await Writer.open(settings, self._table)
         writer = self._writer
         await writer.learn(batch.markets)

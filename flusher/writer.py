@@ -57,11 +57,6 @@ class Writer:
             raise
         return cls(connection, table)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the connection is there, as far as it is known."""
-        return not self._connection.is_closed()
-
     def close(self) -> None:
         """Cut the connection without a word: the server may be frozen."""
         self._connection.terminate()

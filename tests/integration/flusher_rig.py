@@ -72,6 +72,16 @@ async def flushing(environment: Mapping[str, str], **settings: Any) -> AsyncIter
         await asyncio.gather(flusher.task, return_exceptions=True)
 
 
+def counted(flusher: Flusher, name: str) -> float:
+    """Sum up one of the flusher's metrics over all its labels."""
+    return sum(
+        sample.value
+        for metric in flusher.process.collect()
+        if metric.name == f"sluice_{name}"
+        for sample in metric.samples
+    )
+
+
 async def drained(redis: Redis, *kinds: str) -> None:
     """Wait until the queues are empty."""
     for kind in kinds:

@@ -14,6 +14,7 @@ from tests.faults.waiting import eventually
 from tests.integration.flusher_rig import (
     DAY,
     SYMBOL,
+    counted,
     drained,
     fetch,
     flushing,
@@ -140,6 +141,8 @@ async def test_what_comes_again_is_stored_once_and_counted(
         await drained(redis, "trade")
         await eventually(lambda: "300 duplicates" in flusher.process.statistics_line())
         assert "300 inserted, 300 duplicates, 0 dead, 0 queued" in flusher.process.statistics_line()
+        assert counted(flusher, "flush_rows") == 600
+        assert counted(flusher, "flush_stale_claims") == 0  # what is read ahead is what follows
     assert await stored_ids(postgres) == list(range(300))
     balance = await queue.balance()
     assert (balance.pushed, balance.acked, balance.dead, balance.length) == (600, 600, 0, 0)

@@ -93,12 +93,20 @@ async def _replaced(redis: Redis, queue: RecordQueue) -> None:
     await queue.push(items(1, 2, 3, 4))
 
 
-async def _replaced_but_for_the_counter(redis: Redis, queue: RecordQueue) -> None:
+async def _replaced_but_for_counter_and_first(redis: Redis, queue: RecordQueue) -> None:
+    await _replaced_by(redis, queue, items(1, 8, 9, 10))
+
+
+async def _replaced_but_for_counter_and_last(redis: Redis, queue: RecordQueue) -> None:
+    await _replaced_by(redis, queue, items(8, 9, 3, 10))
+
+
+async def _replaced_by(redis: Redis, queue: RecordQueue, others: list[bytes]) -> None:
     head = await redis.get(f"{queue.key}:head")
     assert head is not None
     await redis.flushdb()
     await redis.set(f"{queue.key}:head", head)
-    await queue.push(items(1, 8, 9, 10))
+    await queue.push(others)
 
 
 async def _shortened(redis: Redis, queue: RecordQueue) -> None:
@@ -109,7 +117,16 @@ async def _deleted(redis: Redis, queue: RecordQueue) -> None:
     await redis.delete(queue.key)
 
 
-@pytest.mark.parametrize("change", [_replaced, _replaced_but_for_the_counter, _shortened, _deleted])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replaced,
+        _replaced_but_for_counter_and_first,
+        _replaced_but_for_counter_and_last,
+        _shortened,
+        _deleted,
+    ],
+)
 async def test_a_list_that_is_another_one_since_the_claim_is_not_trimmed(
     redis: Redis, queue: RecordQueue, change: Callable[[Redis, RecordQueue], Awaitable[None]]
 ) -> None:
