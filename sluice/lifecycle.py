@@ -24,6 +24,8 @@ from sluice.settings import EXIT_BAD_SETTINGS, BadSettingsError, Settings, load,
 from sluice.supervision import Supervisor
 
 STATISTICS_SECONDS = 30.0
+LAST_SECONDS = 1.5
+"""How long a cancelled service may take to end; a cancellation can be lost on the way."""
 
 
 @dataclass
@@ -103,6 +105,7 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
         process.supervisor.stopping()
         process.stop.set()
         deadlines.append(loop.call_later(settings.drain_seconds, task.cancel))
+        deadlines.append(loop.call_later(settings.drain_seconds + LAST_SECONDS, _abandon, name))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
@@ -143,6 +146,12 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
         await runner.cleanup()
     logger.info("{}: stopped", name)
     return 0
+
+
+def _abandon(name: str) -> None:
+    """End a process that does not end: what it held is in Redis, or is fetched again by id."""
+    logger.error("{}: it does not end when it is cancelled, a bug; ended without it", name)
+    os._exit(1)
 
 
 def _refusal(error: BaseException) -> BadSettingsError | None:

@@ -25,6 +25,11 @@ async def service(process):
     await process.stop.wait()
     if sys.argv[1] == "stubborn":
         await asyncio.sleep(600)
+    while sys.argv[1] == "deaf":
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            pass
     feeding.cancel()
 
 async def feed(process):
@@ -128,6 +133,17 @@ def test_what_does_not_drain_in_time_is_cancelled_and_the_exit_is_clean(
         notifications.wait_for("READY=1")
         process.send_signal(signal.SIGTERM)
         assert process.wait(CEILING) == 0
+
+
+def test_what_does_not_even_hear_its_cancellation_is_ended_and_called_a_bug(
+    notifications: Notifications, tmp_path: Path
+) -> None:
+    with running(notifications, "deaf", tmp_path, DRAIN_SECONDS="0.5") as process:
+        notifications.wait_for("READY=1")
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=CEILING)
+    assert process.returncode == 1
+    assert "a bug" in log
 
 
 def test_a_second_signal_ends_the_wait(notifications: Notifications, tmp_path: Path) -> None:
