@@ -112,7 +112,7 @@ class _Side:
             self._shown_depth = depth
         return self._top
 
-    def sorted(self, depth: int) -> list[Level]:
+    def deep_top(self, depth: int) -> list[Level]:
         """Give the best levels as `top` does, and leave the window as narrow as it is."""
         return [self.trusted[key] for key in sorted(self.trusted)[:depth]]
 
@@ -277,15 +277,15 @@ class OrderBook:
         """
         depth = min(self.trusted_depth, other.trusted_depth)
         compared = different = 0
-        for ours, theirs in zip(self._sorted(depth), other._sorted(depth), strict=True):  # noqa: SLF001  # a book
+        for ours, theirs in zip(self._deep_top(depth), other._deep_top(depth), strict=True):  # noqa: SLF001  # a book
             sizes, others = dict(map(_numbers, ours)), dict(map(_numbers, theirs))
             prices = sizes.keys() | others.keys()
             compared += len(prices)
             different += sum(sizes.get(price) != others.get(price) for price in prices)
         return compared, different
 
-    def _sorted(self, depth: int) -> tuple[list[Level], list[Level]]:
-        return self._bids.sorted(depth), self._asks.sorted(depth)
+    def _deep_top(self, depth: int) -> tuple[list[Level], list[Level]]:
+        return self._bids.deep_top(depth), self._asks.deep_top(depth)
 
     def digest(self) -> str:
         """Give the SHA-256 of every level held, trusted or not, as hexadecimal digits.
