@@ -11,6 +11,7 @@ COPY collector collector
 COPY flusher flusher
 COPY orderbook orderbook
 COPY sluice sluice
+COPY deploy/systemd deploy/systemd
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
     # What only development needs stays behind.
     && pip uninstall --yes asyncpg-stubs grimp hatchling hypothesis import-linter mypy pytest \
