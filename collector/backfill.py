@@ -17,7 +17,7 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from collector.ledger import TRADE, Hole, Ledger, covers, gaps_key
+from collector.ledger import TRADE, Ledger, covers, gaps_key
 from sluice import failpoints, records
 from sluice.backoff import Backoff
 from sluice.budget import Priority
@@ -25,7 +25,7 @@ from sluice.clock import now_micros
 from sluice.exchanges import Exchange
 from sluice.exchanges.base import BadFrameError
 from sluice.publisher import contiguous
-from sluice.queue import PREFIX, RecordQueue, holes_key
+from sluice.queue import PREFIX, Hole, RecordQueue, holes_key
 from sluice.records import Gap, Trade
 from sluice.rest import RestClient, RestError
 

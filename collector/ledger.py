@@ -14,20 +14,11 @@ from redis.asyncio import Redis
 
 from sluice import failpoints, records
 from sluice.clock import now_micros
-from sluice.queue import PREFIX, RecordQueue, Segment, head_field, holes_key
+from sluice.queue import PREFIX, Hole, Holes, RecordQueue, Segment, head_field
 from sluice.records import Gap
 from sluice.settings import Market
 
 TRADE: Final = "trade"
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Hole:
-    """A range of ids that exist and were never pushed; `opened_ms` is by Redis' clock."""
-
-    first: int
-    last: int
-    opened_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +79,13 @@ class Ledger:
         self.field = head_field(market.exchange, market.symbol, TRADE)
         self._redis = redis
         self._gaps_key = gaps_key(self.field)
+        self._holes = Holes(redis, self.field)
         self._gap_queue = RecordQueue(redis, "gap")
         self._trade_queue = RecordQueue(redis, TRADE)
 
     async def holes(self) -> list[Hole]:
         """Read the holes, lowest first."""
-        members: list[bytes] = await self._redis.zrange(holes_key(self.field), 0, -1)  # type: ignore[assignment]  # scores are not asked for
-        return [Hole(*(int(part) for part in member.split(b"-"))) for member in members]
+        return await self._holes.read()
 
     async def open_gaps(self) -> list[Gap]:
         """Read the gaps that are worked on."""
@@ -139,12 +130,7 @@ class Ledger:
 
     async def reopen(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Make ranges of ids holes again, as if they had just been missed."""
-        if not ranges:
-            return
-        seconds, micros = await self._redis.time()
-        now_ms = seconds * 1000 + micros // 1000
-        members = {f"{first}-{last}-{now_ms}": first for first, last in ranges}
-        await self._redis.zadd(holes_key(self.field), members)
+        await self._holes.reopen(ranges)
 
     async def _keep(self, gap: Gap) -> None:
         await self._push(gap)

@@ -101,6 +101,15 @@ class Balance:
         return self.pushed == self.acked + self.dead + self.length
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Hole:
+    """A range of ids that exist and were never pushed; `opened_ms` is by Redis' clock."""
+
+    first: int
+    last: int
+    opened_ms: int
+
+
 class StaleClaimError(Exception):
     """The head has moved since the claim: another flusher acked it, or the list was replaced."""
 
@@ -109,19 +118,17 @@ class DeadListFullError(Exception):
     """The dead list is at its bound: a person has to look before the queue goes on."""
 
 
-_PUSH: Final = """
-local queue, counters, heads, unanchored = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local segments = tonumber(ARGV[1])
+# Whatever changes holes begins with this. Holes stay disjoint.
+_HOLES: Final = """
 local clock = redis.call('TIME')
 local opened = string.format('%.0f', clock[1] * 1000 + math.floor(clock[2] / 1000))
-local prior = {}
 
 local function add(holes, from, to, since)
   redis.call('ZADD', holes, from, string.format('%.0f-%.0f-%s', from, to, since))
 end
 
 local function subtract(holes, first, last)
-  -- Holes are disjoint and sorted by their start, so the first one that ends before `first` ends
+  -- They are disjoint and sorted by their start, so the first one that ends before `first` ends
   -- the search.
   for _, hole in ipairs(redis.call('ZREVRANGEBYSCORE', holes, last, '-inf')) do
     local from, to, since = string.match(hole, '^(%d+)-(%d+)-(%d+)$')
@@ -132,6 +139,14 @@ local function subtract(holes, first, last)
     if to > last then add(holes, last + 1, to, since) end
   end
 end
+"""
+
+_PUSH: Final = (
+    _HOLES
+    + """
+local queue, counters, heads, unanchored = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local segments = tonumber(ARGV[1])
+local prior = {}
 
 for i = 0, segments - 1 do
   local field = ARGV[2 + 3 * i]
@@ -158,6 +173,18 @@ end
 redis.call('HINCRBY', counters, 'pushed', #ARGV - start + 1)
 return {length, prior}
 """
+)
+
+_REOPEN: Final = (
+    _HOLES
+    + """
+for i = 1, #ARGV, 2 do
+  local first, last = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
+  subtract(KEYS[1], first, last)
+  add(KEYS[1], first, last, opened)
+end
+"""
+)
 
 _CLAIM: Final = """#!lua flags=allow-oom
 local queue, head = KEYS[1], KEYS[2]
@@ -307,3 +334,26 @@ class RecordQueue:
         """Read the oldest item, or None where the queue is empty."""
         item = await self._redis.lindex(self.key, 0)
         return item if isinstance(item, bytes) else None
+
+
+class Holes:
+    """The holes of one stream, named as in `head_field`. Raises redis' errors."""
+
+    def __init__(self, redis: Redis, field: str) -> None:
+        self._key = holes_key(field)
+        self._redis = redis
+        self._reopen = redis.register_script(_REOPEN)
+
+    async def read(self) -> list[Hole]:
+        """Read the holes, lowest first."""
+        members: list[bytes] = await self._redis.zrange(self._key, 0, -1)  # type: ignore[assignment]  # scores are not asked for
+        return [Hole(*(int(part) for part in member.split(b"-"))) for member in members]
+
+    async def reopen(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Make disjoint ranges of ids, ends included, holes again, as if just missed.
+
+        Whoever fills holes then fetches them; what is stored already is dropped by its key.
+        """
+        # From the top down each search meets only what was there before.
+        descending = sorted(ranges, reverse=True)
+        await self._reopen(keys=[self._key], args=[end for pair in descending for end in pair])

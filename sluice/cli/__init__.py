@@ -4,6 +4,7 @@ import typer
 
 from sluice.cli import database, dead, queues
 from sluice.cli.audit import audit
+from sluice.cli.backfill import backfill
 from sluice.cli.doctor import doctor
 from sluice.cli.gaps import gaps
 from sluice.cli.install import install
@@ -16,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they print the values of variables, passwords too
 )
-for command in (run, stop, status, doctor, gaps, audit, install):
+for command in (run, stop, status, doctor, gaps, audit, backfill, install):
     app.command()(command)
 app.add_typer(database.app, name="db")
 app.add_typer(queues.app, name="queues")

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.backfill import UnorderedPageError, read_page
-from collector.ledger import Hole
+from sluice.queue import Hole
 from sluice.records import Trade
 
 PAGE = 10

@@ -1,6 +1,7 @@
 """When a hole is named and when a gap is closed."""
 
-from collector.ledger import Hole, judge
+from collector.ledger import judge
+from sluice.queue import Hole
 from sluice.records import Gap
 
 SETTLE_MS = 1000
