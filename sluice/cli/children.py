@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,9 +20,11 @@ _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     # A service that gets SIGTERM drains, so nothing is lost even when its parent was killed.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was killed before it could be asked for
+        os._exit(1)
 
 
 class RefusedError(RuntimeError):
@@ -63,7 +67,7 @@ class Child:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=partial(_end_with, os.getpid()),
                 )
             code = await self._process.wait()
             if self._is_stopping:

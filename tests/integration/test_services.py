@@ -85,11 +85,12 @@ def test_a_frozen_redis_answers_nobody_until_it_thaws(private_redis: RedisServer
         assert client.ping()
 
 
-def test_a_frozen_server_can_be_stopped(private_redis: RedisServer) -> None:
+def test_a_frozen_server_can_be_stopped_in_good_order(private_redis: RedisServer) -> None:
     private_redis.freeze()
     private_redis.stop()
 
     assert not private_redis.is_running
+    assert "bye bye" in private_redis.log_tail()
 
 
 def test_options_go_over_the_defaults(root: Path, tmp_path: Path) -> None:
@@ -157,10 +158,15 @@ def test_a_stale_lock_file_with_anothers_number_stops_nobody(
     private_postgres: PostgresServer,
 ) -> None:
     private_postgres.stop()
-    lock = private_postgres.home / "postmaster.pid"
-    lock.write_text(f"{os.getppid()}\n/srv/data\n1\n1\n\n\n1 1\nready\n", encoding="ascii")
+    owner = private_postgres.home.stat()
+    with subprocess.Popen(["/bin/sleep", "600"], user=owner.st_uid, group=owner.st_gid) as other:
+        lock = private_postgres.home / "postmaster.pid"
+        lock.write_text(f"{other.pid}\n/srv/data\n1\n1\n\n\n1 1\nready\n", encoding="ascii")
 
-    private_postgres.start()
+        try:
+            private_postgres.start()
+        finally:
+            other.kill()
 
     assert private_postgres.execute("SELECT 1") == "1"
 
@@ -316,6 +322,7 @@ def fake_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 for last; do :; done
 echo run >>{tmp_path}/runs
 mkdir -p "$last/usr/lib/postgresql/17/bin"
+touch "$last/run-$(wc -l <{tmp_path}/runs)"
 echo "I: half done"
 . {mood}
 touch "$last/usr/lib/postgresql/17/bin/postgres"
@@ -367,6 +374,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(fake_build: Path) -> 
     make_root(root, lambda _: None)
 
     assert is_root(root)
+    assert [path.name for path in root.glob("run-*")] == ["run-2"]
     assert not list(root.parent.glob("*.partial*"))
 
 
