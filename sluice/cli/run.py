@@ -20,9 +20,9 @@ from redis.exceptions import RedisError
 from rich.console import Console
 from rich.live import Live
 
-import sluice
 from sluice.cli import services
 from sluice.cli.children import Child, RefusedError
+from sluice.cli.database import read_schema
 from sluice.cli.observer import Observer, summarise
 from sluice.cli.output import EXIT_UNREACHABLE
 from sluice.cli.screen import screen, status_line, summary
@@ -341,15 +341,6 @@ async def _prepare_database(settings: Settings) -> None:
             await maintenance.close()
         connection = await connect_postgres(settings)
     try:
-        await connection.execute(_schema())
+        await connection.execute(read_schema())
     finally:
         await connection.close()
-
-
-def _schema() -> str:
-    """Read schema.sql: it stands in the package where that is installed, else beside it."""
-    package = Path(sluice.__file__).parent
-    for path in (package / "schema.sql", package.parent / "schema.sql"):
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    raise FileNotFoundError("schema.sql is neither in the package nor beside it")
