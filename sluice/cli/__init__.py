@@ -8,6 +8,7 @@ from sluice.cli.backfill import backfill
 from sluice.cli.doctor import doctor
 from sluice.cli.gaps import gaps
 from sluice.cli.install import install
+from sluice.cli.markets import book, markets, top
 from sluice.cli.run import run, stop
 from sluice.cli.status import status
 
@@ -17,7 +18,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they print the values of variables, passwords too
 )
-for command in (run, stop, status, doctor, gaps, audit, backfill, install):
+for command in (
+    *(run, stop, status, doctor),
+    *(markets, top, book),
+    *(gaps, audit, backfill),
+    install,
+):
     app.command()(command)
 app.add_typer(database.app, name="db")
 app.add_typer(queues.app, name="queues")
