@@ -164,11 +164,11 @@ class _Side:
                 elif is_listed:
                     del window[at]
             self._moved.clear()
+        self._ordered_depth = max(self._ordered_depth, 2 * depth)
         if len(window) < depth:
             if len(window) < len(trusted):
                 window = self._window = sorted(trusted)
             self._edge = self._bound
-            self._ordered_depth = max(self._ordered_depth, 2 * depth)
         if len(window) > 2 * self._ordered_depth:
             del window[self._ordered_depth :]
             self._edge = window[-1]

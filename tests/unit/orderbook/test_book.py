@@ -139,6 +139,19 @@ def test_levels_below_those_in_order_are_found_when_they_come_up() -> None:
     assert book.top(1)[0] == [("8", "1")]
 
 
+def test_a_deep_read_stays_true_when_fewer_levels_are_kept_in_order() -> None:
+    with patch.object(module, "_WINDOW", 4):
+        book = OrderBook()
+    book.load([(str(tick), "1") for tick in range(20, 28)], [])
+    assert book.best_bid == ("27", "1")
+    assert book.top(7)[0][5] == ("22", "1")
+    # One level more than the window holds: it shrinks at the next read.
+    book.apply([("10", "1")], [])
+    assert book.best_bid == ("27", "1")
+    book.apply([("22", "7")], [])
+    assert book.top(7)[0][5] == ("22", "7")
+
+
 def test_the_digest_is_over_plain_decimals_in_order() -> None:
     book = OrderBook()
     book.load([("9", "1.50"), ("10.10", "2")], [("300", "0.0001000")])
