@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PYTHON ?=
 PACKAGES = collector flusher orderbook sluice
 
-.PHONY: run test check stop clean completeness books kills bench
+.PHONY: run test check stop clean completeness books kills chaos mutants bench
 
 # make run [SYMBOLS=binance:BTCUSDT,binance:ETHUSDT] [SECONDS=60]
 # Without SYMBOLS it records the simulator, in a database of its own.
@@ -33,6 +33,15 @@ books: $(VENV)/.installed
 
 kills: $(VENV)/.installed
 	SLUICE_FLUSHER_KILLS=$(or $(HITS),50) $(BIN)/pytest -s tests/acceptance/test_flusher.py -k killed
+
+# make chaos [SEEDS=20] [SECONDS=30] [FIRST=1]; 1 is a violation, 3 too little to judge by.
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos --seeds $(or $(SEEDS),20) --seconds $(or $(SECONDS),30) \
+	    --first $(or $(FIRST),1)
+
+# Breaks the code in known ways, each in a copy, and must see the named tests fail.
+mutants: $(VENV)/.installed
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.books

@@ -37,11 +37,12 @@ Range = tuple[int, int]
 
 
 class Violation(NamedTuple):
-    """One promise that was broken: which, where and how."""
+    """One promise that was broken: which, where and how, and by how many ids."""
 
     invariant: str
     where: str
     detail: str
+    count: int = 1
 
     def __str__(self) -> str:
         return f"{self.invariant} ({self.where}): {self.detail}"
@@ -525,7 +526,7 @@ def _of_ids(invariant: str, where: str, what: str, ids: Sequence[int]) -> list[V
         return []
     runs = [_printed(each) for each in _Ranges((number, number) for number in ids).merged]
     shown = ", ".join(runs[:10]) + (f" and {len(runs) - 10} more ranges" if runs[10:] else "")
-    return [Violation(invariant, where, f"{what}: {len(ids)} ids: {shown}")]
+    return [Violation(invariant, where, f"{what}: {len(ids)} ids: {shown}", len(ids))]
 
 
 def _printed(ids: Range) -> str:
