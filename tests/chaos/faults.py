@@ -81,7 +81,7 @@ async def _kill(rig: Rig, step: Step) -> int:
 async def _terminate(rig: Rig, step: Step) -> int:
     slot = rig.services.of("", step.draw)
     with rig.services.in_hand(slot) as process:
-        await rig.services.end(process, slot.name)
+        await rig.services.end(slot)
         await asyncio.sleep(step.seconds)
         rig.services.start(slot)
     return process.returncode is not None
@@ -116,8 +116,8 @@ async def _deploy(rig: Rig, step: Step) -> int:
     with rig.services.in_hand(slot):
         old = rig.services.start_beside(slot)
         await asyncio.sleep(step.seconds)
-        were_both = old.poll() is None and slot.process.poll() is None
-        await rig.services.end(old, slot.name)
+        were_both = old.process.poll() is None and slot.process.poll() is None
+        await rig.services.end(old)
     return were_both
 
 

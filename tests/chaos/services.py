@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import Popen
 from typing import Final
@@ -69,26 +69,31 @@ class Services:
         slot.point = point
         return slot.process
 
-    def start_beside(self, slot: Slot) -> Popen[bytes]:
+    def start_beside(self, slot: Slot) -> Slot:
         """Start the next process of a slot while the old one still runs; gives the old one."""
-        old = slot.process
         self._starts += 1
-        # The old one needs a name of its own, or nobody would end it if this fails.
-        self._processes.running[f"{slot.name}.{self._starts}"] = old
+        old = replace(slot, name=f"{slot.name}.{self._starts}")
+        # Under a name of its own, or nobody would end it if this fails.
+        self._processes.running[old.name] = old.process
         self.start(slot)
         return old
 
-    async def end(self, process: Popen[bytes], name: str) -> None:
-        """Tell a process to end; it must do so with 0."""
+    async def end(self, slot: Slot) -> None:
+        """Tell a process to end; it must do so with 0, unless it comes by its failpoint."""
+        process = slot.process
         process.send_signal(signal.SIGTERM)
         try:
             await eventually(lambda: process.poll() is not None, within=END_SECONDS)
         except AssertionError:
             process.kill()
             process.wait()
-        if process.returncode != 0:
+            self.violations.append(Violation("exit", slot.name, "did not end after SIGTERM"))
+            return
+        if slot.point and process.returncode == -signal.SIGKILL:
+            self._bury(slot, process.returncode)
+        elif process.returncode != 0:
             what = f"ended with {process.returncode} after SIGTERM"
-            self.violations.append(Violation("exit", name, what))
+            self.violations.append(Violation("exit", slot.name, what))
 
     async def watch(self) -> None:
         """Start again what ended, for ever; only a failpoint may end a process."""
@@ -101,15 +106,15 @@ class Services:
         self._replace_dead()
         for slot in self.slots:
             if slot.point:
-                with self.in_hand(slot) as process:
-                    await self.end(process, slot.name)
+                with self.in_hand(slot):
+                    await self.end(slot)
                     self.start(slot)
 
     async def end_all(self) -> None:
         """Tell every process to end."""
         for slot in self.slots:
-            with self.in_hand(slot) as process:
-                await self.end(process, slot.name)
+            with self.in_hand(slot):
+                await self.end(slot)
 
     def look(self) -> None:
         """Take what each process holds now for the baseline."""
