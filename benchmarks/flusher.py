@@ -199,10 +199,10 @@ async def flusher(servers: Servers, trades: list[Trade]) -> Cost:
         )
         try:
             while (rows := await queue.length()) == len(trades):  # noqa: ASYNC110  # nobody tells
-                await asyncio.sleep(0.002)
+                await asyncio.sleep(0.01)
             began, client, server = time.perf_counter(), cpu_of(process.pid), server_cpu(servers)
             while await queue.length():  # noqa: ASYNC110  # as above
-                await asyncio.sleep(0.002)
+                await asyncio.sleep(0.01)
             seconds = time.perf_counter() - began
             client, server = cpu_of(process.pid) - client, server_cpu(servers) - server
         finally:

@@ -1,12 +1,15 @@
 """From the items of a claim to the lines of a COPY and the letters of the dead: no I/O here."""
 
 import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 from typing import Final
 
 import msgspec
 
-from flusher.markets import MarketName, Markets
+from flusher.markets import MarketName
 from flusher.tables import Table
 from sluice import records
 from sluice.queue import Claim
@@ -22,11 +25,8 @@ class Batch:
     claim: Claim
     records: dict[int, Record]
     refused: dict[int, str]
-
-    @property
-    def markets(self) -> set[MarketName]:
-        """The markets that the records are of."""
-        return {(record.exchange, record.symbol) for record in self.records.values()}
+    markets: set[MarketName]
+    """The markets that the records are of."""
 
 
 def read(kind: str, claim: Claim) -> Batch:
@@ -36,17 +36,21 @@ def read(kind: str, claim: Claim) -> Batch:
         TooNewError: it is the first one.
     """
     whole = records.decode_many(kind, claim.items)
-    batch = _read_singly(kind, claim) if whole is None else Batch(claim, dict(enumerate(whole)), {})
-    nameless = {name for name in batch.markets if not (is_name(name[0]) and is_name(name[1]))}
+    if whole is None:
+        claim, found, refused = _read_singly(kind, claim)
+    else:
+        found, refused = dict(enumerate(whole)), {}
+    markets = {(record.exchange, record.symbol) for record in found.values()}
+    nameless = {name for name in markets if not (is_name(name[0]) and is_name(name[1]))}
     if nameless:
-        for place, record in list(batch.records.items()):
+        for place, record in list(found.items()):
             if (record.exchange, record.symbol) in nameless:
-                del batch.records[place]
-                batch.refused[place] = "no name of a market"
-    return batch
+                del found[place]
+                refused[place] = "no name of a market"
+    return Batch(claim, found, refused, markets - nameless)
 
 
-def _read_singly(kind: str, claim: Claim) -> Batch:
+def _read_singly(kind: str, claim: Claim) -> tuple[Claim, dict[int, Record], dict[int, str]]:
     found: dict[int, Record] = {}
     refused: dict[int, str] = {}
     for place, item in enumerate(claim.items):
@@ -57,8 +61,8 @@ def _read_singly(kind: str, claim: Claim) -> Batch:
         except TooNewError:
             if place == 0:
                 raise
-            return Batch(Claim(claim.head, claim.items[:place]), found, refused)
-    return Batch(claim, found, refused)
+            return Claim(claim.head, claim.items[:place]), found, refused
+    return claim, found, refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +74,21 @@ class Lines:
     refused: dict[int, str]
 
 
-def lines_of(batch: Batch, table: Table, markets: Markets) -> Lines:
+def lines_of(batch: Batch, table: Table, ids: Mapping[MarketName, int]) -> Lines:
     """Write the records as lines, those left out whose text COPY would read as something else."""
     line = table.line
-    lines = {
-        place: line(record, markets[record.exchange, record.symbol])
-        for place, record in batch.records.items()
-    }
-    data = "".join(lines.values()).encode()
+    lines = [line(record, ids[record.exchange, record.symbol]) for record in batch.records.values()]
+    places = list(batch.records)
+    data = "".join(lines).encode()
     if table.is_clean(data, len(lines)):
-        return Lines(data, list(lines), batch.refused)
-    clean = {place: text for place, text in lines.items() if table.is_clean(text.encode(), 1)}
-    refused = batch.refused | dict.fromkeys(lines.keys() - clean.keys(), NOT_A_NUMBER)
-    return Lines("".join(clean.values()).encode(), list(clean), refused)
+        return Lines(data, places, batch.refused)
+    clean = [table.is_clean(text.encode(), 1) for text in lines]
+    refused = dict.fromkeys(compress(places, map(not_, clean)), NOT_A_NUMBER)
+    return Lines(
+        "".join(compress(lines, clean)).encode(),
+        list(compress(places, clean)),
+        batch.refused | refused,
+    )
 
 
 def letter(queue: str, item: bytes, reason: str, ts_dead: int) -> bytes:

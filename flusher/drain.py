@@ -20,7 +20,8 @@ from sluice.lifecycle import Process
 from sluice.queue import Claim, DeadListFullError, RecordQueue, StaleClaimError
 from sluice.records import TooNewError
 
-POLL_SECONDS: Final = 0.05
+LEAST_POLL_SECONDS: Final = 0.01
+MOST_POLL_SECONDS: Final = 0.1
 BLOCKED_SECONDS: Final = 5.0
 MOST_SECONDS: Final = 30.0
 AWAY_SECONDS: Final = 2.0
@@ -143,7 +144,8 @@ class Drain:
             is_old = deadline is not None and now >= deadline
             if is_large or is_old or self._process.stop.is_set():
                 return
-            await self._pause(POLL_SECONDS)
+            poll = settings.flush_interval_ms / 10_000
+            await self._pause(min(max(poll, LEAST_POLL_SECONDS), MOST_POLL_SECONDS))
 
     async def _prepare(self, skip: int = 0) -> _Prepared | None:
         """Claim and read the next batch, or give None: nothing there, or too little to read ahead.
@@ -167,7 +169,7 @@ class Drain:
         writer = self._writer
         await writer.learn(batch.markets)
         await failpoints.reach("flusher.markets_known")
-        lines = batches.lines_of(batch, self._table, writer.markets)
+        lines = batches.lines_of(batch, self._table, writer.markets.ids)
         return _Prepared(batch.claim, lines, writer, is_full)
 
     async def _flush(self, prepared: _Prepared) -> None:

@@ -1,6 +1,6 @@
 """The ids of markets: assigned once, in a short transaction of their own, before any batch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import asyncpg
@@ -31,8 +31,10 @@ class Markets:
         self._connection = connection
         self._ids: dict[MarketName, int] = {}
 
-    def __getitem__(self, name: MarketName) -> int:
-        return self._ids[name]
+    @property
+    def ids(self) -> Mapping[MarketName, int]:
+        """The ids that are known."""
+        return self._ids
 
     def unknown(self, names: Iterable[MarketName]) -> list[MarketName]:
         """Give the names that have no id yet, sorted."""

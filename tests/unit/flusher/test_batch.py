@@ -4,7 +4,6 @@ import msgspec
 import pytest
 
 from flusher.batch import letter, lines_of, read
-from flusher.markets import MarketName, Markets
 from flusher.tables import TABLES
 from sluice import records
 from sluice.queue import Claim
@@ -13,14 +12,7 @@ from sluice.records import OrderbookSnapshot, TooNewError, Trade
 NOW = 1_790_000_000_000_000
 
 
-class KnownMarkets(Markets):
-    """Each market has the number that its symbol ends with."""
-
-    def __init__(self) -> None:
-        """Need no connection."""
-
-    def __getitem__(self, name: MarketName) -> int:
-        return int(name[1][-1])
+MARKETS = {("binance", f"M{number}"): number for number in range(10)}
 
 
 def trade(trade_id: int, price: str = "1.5", symbol: str = "M7") -> bytes:
@@ -33,7 +25,7 @@ def snapshot(bids: list[tuple[str, str]], asks: list[tuple[str, str]]) -> bytes:
 
 def lines(kind: str, *items: bytes) -> tuple[list[bytes], list[int], set[int]]:
     """Give the lines, their places, and the places refused."""
-    found = lines_of(read(kind, Claim(0, list(items))), TABLES[kind], KnownMarkets())
+    found = lines_of(read(kind, Claim(0, list(items))), TABLES[kind], MARKETS)
     return found.data.splitlines(), found.places, set(found.refused)
 
 
