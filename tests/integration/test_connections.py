@@ -2,8 +2,14 @@
 
 import asyncio
 
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
 from sluice.connections import connect_redis
 from sluice.settings import Settings
+from tests.faults.framing import RedisDialogue
+from tests.faults.proxy import Proxy
 
 
 async def test_a_cancellation_is_never_lost_at_whatever_turn_it_comes(
@@ -30,3 +36,21 @@ async def test_a_cancellation_is_never_lost_at_whatever_turn_it_comes(
                 asking.cancel()  # so that the test can end
                 await asyncio.sleep(0)
             assert ended, f"cancelled in turn {turns}, it runs on"
+
+
+async def test_a_command_whose_reply_is_lost_is_sent_once(
+    redis_environment: dict[str, str], redis: Redis
+) -> None:
+    values = {name.lower(): value for name, value in redis_environment.items()}
+    host, port = values["redis_host"], int(values["redis_port"])
+    async with Proxy(host, port, dialogue=RedisDialogue) as proxy:
+        settings = Settings.model_validate(
+            {**values, "redis_host": "127.0.0.1", "redis_port": proxy.port}
+        )
+        async with connect_redis(settings) as client:
+            await client.ping()
+            proxy.lose_reply(to=b"INCR", then="reset")
+            with pytest.raises(RedisConnectionError):
+                await client.incr("sent")
+    assert proxy.counts.lost_replies == 1
+    assert await redis.get("sent") == b"1"

@@ -46,6 +46,17 @@ def test_an_empty_file_is_deleted_and_a_full_one_is_kept(tmp_path: Path) -> None
     assert [path for path in tmp_path.iterdir() if path.suffix == ".spool"] == [full.path]
 
 
+def test_a_batch_is_synced_before_append_returns(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path / "spool", MIB)
+    # The file system of a test does not forget, so what is asked of it has to do.
+    asked = {
+        name: spool._database.execute(f"PRAGMA {name}").fetchone()[0]  # noqa: SLF001  # a setting of this connection alone
+        for name in ("journal_mode", "synchronous")
+    }
+    spool.close()
+    assert asked == {"journal_mode": "wal", "synchronous": 2}
+
+
 def test_at_its_bound_it_refuses_and_keeps_what_it_has(tmp_path: Path) -> None:
     spool = Spool.create(tmp_path, 100)
     spool.append(batch(1))
