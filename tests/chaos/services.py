@@ -22,12 +22,16 @@ ALLOWANCE: Final = Resources(memory_bytes=128 * 2**20, descriptors=24, threads=1
 
 @dataclass
 class Slot:
-    """A place that one process always fills; `point` is the failpoint it was started with."""
+    """A place that one process always fills.
+
+    `point` is the failpoint it was started with, `log_start` where its own lines begin.
+    """
 
     service: str
     name: str
     process: Popen[bytes]
     point: str = ""
+    log_start: int = 0
     is_in_hand: bool = False
 
 
@@ -64,6 +68,7 @@ class Services:
 
     def start(self, slot: Slot, point: str = "") -> Popen[bytes]:
         """Fill a slot again."""
+        slot.log_start = len(self._processes.log(slot.name))
         armed = {"SLUICE_TESTING": "1", "SLUICE_FAILPOINT": point} if point else {}
         slot.process = self._processes.start(slot.service, slot.name, None, **armed)
         slot.point = point
@@ -72,14 +77,17 @@ class Services:
     def start_beside(self, slot: Slot) -> Slot:
         """Start the next process of a slot while the old one still runs; gives the old one."""
         self._starts += 1
-        old = replace(slot, name=f"{slot.name}.{self._starts}")
+        old = replace(slot)
         # Under a name of its own, or nobody would end it if this fails.
-        self._processes.running[old.name] = old.process
+        self._processes.running[f"{slot.name}.{self._starts}"] = old.process
         self.start(slot)
         return old
 
     async def end(self, slot: Slot) -> None:
-        """Tell a process to end; it must do so with 0, unless it comes by its failpoint."""
+        """Tell a process to end; it must do so with 0 unless it comes by its failpoint.
+
+        One that is told before it has begun ends as the system ends it.
+        """
         process = slot.process
         process.send_signal(signal.SIGTERM)
         try:
@@ -89,8 +97,11 @@ class Services:
             process.wait()
             self.violations.append(Violation("exit", slot.name, "did not end after SIGTERM"))
             return
+        has_begun = "started" in self._processes.log(slot.name)[slot.log_start :]
         if slot.point and process.returncode == -signal.SIGKILL:
             self._bury(slot, process.returncode)
+        elif process.returncode == -signal.SIGTERM and not has_begun:
+            return
         elif process.returncode != 0:
             what = f"ended with {process.returncode} after SIGTERM"
             self.violations.append(Violation("exit", slot.name, what))
