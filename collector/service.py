@@ -209,6 +209,7 @@ async def run(process: Process) -> None:
         redis = connect_redis(settings)
         clients.push_async_callback(redis.aclose)
         publisher = Publisher(redis, settings)
+        process.health.check("redis", publisher.unfitness)
         collector = Collector(process, publisher)
         process.statistics.append(collector.statistics)
         process.metrics.append(collector.metrics)

@@ -20,7 +20,7 @@ from sluice.budget import Budget
 from sluice.connections import connect_redis
 from sluice.exchanges import EXCHANGES, Exchange
 from sluice.exchanges.base import BadFrameError, Depth, DepthImage, Reply, ServerShutdown
-from sluice.fitness import redis_is_fit
+from sluice.fitness import redis_is_fit, spool_is_fit
 from sluice.lifecycle import Process
 from sluice.metrics import counter, gauge
 from sluice.publisher import Publisher
@@ -229,11 +229,13 @@ def resident_bytes() -> int:
 async def run(process: Process) -> None:
     """Keep books until the process is told to stop, then take back what only a live one may say."""
     settings, stop = process.settings, process.stop
+    spool_is_fit(settings)
     markets = [market for market in settings.markets if in_shard(market, settings.book_shard)]
     async with AsyncExitStack() as clients:
         redis = connect_redis(settings)
         clients.push_async_callback(redis.aclose)
         publisher = Publisher(redis, settings)
+        process.health.check("redis", publisher.unfitness)
         keepers: dict[Market, BookKeeper] = {}
         latest = LatestBooks(
             redis, lambda market: keepers[market].latest(), is_published=settings.publish_live

@@ -89,26 +89,53 @@ def run_service(name: str, service: Service, *, port: int, needs_symbols: bool) 
     raise SystemExit(code)
 
 
+class _Ending:
+    """How a process comes to its end: asked, then cancelled, then ended whatever it does."""
+
+    def __init__(self, process: Process, task: "asyncio.Task[object]") -> None:
+        self._process = process
+        self._task = task
+        self._is_served = False
+        self._deadlines: list[asyncio.TimerHandle] = []
+
+    def on_signal(self, number: signal.Signals) -> None:
+        """Take a signal: the first one asks, the second gives up what is left."""
+        process = self._process
+        if process.stop.is_set():
+            logger.warning("{}: {} again, giving up what is left", process.name, number.name)
+            self._give_up()
+            return
+        logger.info("{}: {}, stopping", process.name, number.name)
+        process.supervisor.stopping()
+        process.stop.set()
+        loop, drain = asyncio.get_running_loop(), process.settings.drain_seconds
+        self._deadlines = [
+            loop.call_later(drain, self._give_up),
+            loop.call_later(drain + LAST_SECONDS, _abandon, process.name),
+        ]
+
+    def _give_up(self) -> None:
+        if not self._is_served:
+            self._task.cancel()
+
+    def served(self) -> None:
+        """Note that the service has ended, so that there is nothing to cancel."""
+        self._is_served = True
+
+    def ended(self) -> None:
+        """Note that the process ends by itself."""
+        for deadline in self._deadlines:
+            deadline.cancel()
+
+
 async def _run(name: str, service: Service, settings: Settings, port: int) -> int:
     process = Process(name, settings, asyncio.Event())
     task = asyncio.current_task()
     assert task is not None  # noqa: S101  # a coroutine that runs has a task
     loop = asyncio.get_running_loop()
-    deadlines: list[asyncio.TimerHandle] = []
-
-    def on_signal(number: signal.Signals) -> None:
-        if process.stop.is_set():
-            logger.warning("{}: {} again, giving up what is left", name, number.name)
-            task.cancel()
-            return
-        logger.info("{}: {}, stopping", name, number.name)
-        process.supervisor.stopping()
-        process.stop.set()
-        deadlines.append(loop.call_later(settings.drain_seconds, task.cancel))
-        deadlines.append(loop.call_later(settings.drain_seconds + LAST_SECONDS, _abandon, name))
-
+    ending = _Ending(process, task)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+        loop.add_signal_handler(number, ending.on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, _reload, process)
 
     try:
@@ -119,7 +146,7 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
             process.collect,
         )
     except OSError as error:
-        logger.error("METRICS_PORT: {}", error.strerror or error)
+        logger.error("METRICS_HOST, METRICS_PORT: {}", error.strerror or error)
         return EXIT_BAD_SETTINGS
     reports = [
         asyncio.create_task(_log_statistics(process)),
@@ -138,12 +165,12 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
         logger.exception("{}: a bug ended the process; what it held is fetched again", name)
         return 1
     finally:
-        for deadline in deadlines:
-            deadline.cancel()
+        ending.served()
         for report in reports:
             report.cancel()
         await asyncio.gather(*reports, return_exceptions=True)
         await runner.cleanup()
+        ending.ended()
     logger.info("{}: stopped", name)
     return 0
 

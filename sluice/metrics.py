@@ -51,6 +51,7 @@ class Health:
 
     def __init__(self) -> None:
         self._waiting: dict[str, str] = {"start": "starting"}
+        self._checks: dict[str, Callable[[], str]] = {}
 
     def wait_for(self, what: str, why: str) -> None:
         """Note that `what` is not ready, for a reason fit for an operator."""
@@ -60,6 +61,10 @@ class Health:
         """Note that `what` is ready."""
         self._waiting.pop(what, None)
 
+    def check(self, what: str, why: Callable[[], str]) -> None:
+        """Ask each time why `what` is not ready; nothing means that it is."""
+        self._checks[what] = why
+
     def reasons_for(self, what: str) -> str:
         """Give why `what` is not ready, or nothing."""
         return self._waiting.get(what, "")
@@ -67,12 +72,13 @@ class Health:
     @property
     def is_ready(self) -> bool:
         """Whether nothing is waited for."""
-        return not self._waiting
+        return not self.reasons
 
     @property
     def reasons(self) -> list[str]:
         """What is waited for, a line each."""
-        return [f"{what}: {why}" for what, why in sorted(self._waiting.items())]
+        checked = {what: text for what, why in self._checks.items() if (text := why())}
+        return [f"{what}: {why}" for what, why in sorted((checked | self._waiting).items())]
 
 
 async def serve_metrics(
@@ -98,7 +104,8 @@ async def serve_metrics(
     app.add_routes(
         [web.get("/livez", live), web.get("/readyz", ready), web.get("/metrics", metrics)]
     )
-    runner = web.AppRunner(app, access_log=None)
+    # A client that does not finish its request must not hold up the end of the process.
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
     return runner

@@ -146,6 +146,10 @@ class Publisher:
         """Whether Redis took what it was last given."""
         return self._is_fit
 
+    def unfitness(self) -> str:
+        """Say why records do not reach Redis now, or nothing where they do."""
+        return "" if self._is_fit else "it takes no records; they wait on the disk"
+
     @property
     def in_memory(self) -> int:
         """Records that are neither in Redis nor on the disk."""

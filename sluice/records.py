@@ -228,8 +228,11 @@ def decode_many(kind: str, items: Sequence[bytes]) -> list[Record] | None:
 
 
 def _is_longer(kind: str, item: bytes) -> bool:
+    """Tell whether the item is a record of this kind with more after it, not merely a long list."""
+    known = len(KINDS[kind].__struct_fields__)
     try:
         fields = _any.decode(item)
+        msgspec.convert(fields[:known], KINDS[kind])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
-    return len(fields) > len(KINDS[kind].__struct_fields__)
+    return len(fields) > known

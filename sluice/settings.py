@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn, get_args, get_origi
 
 from dotenv import dotenv_values
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     SecretStr,
@@ -69,7 +70,22 @@ def _split(value: object) -> object:
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 _is_proxy_url = re.compile(r"(?:https?|socks[45])://(?:[^/\s@]+@)?[^/\s@]+:\d+/?").fullmatch
 Port = Annotated[int, Field(ge=0, le=65535)]
-Url = Annotated[str, Field(pattern=r"^(?:ws|http)s?://[^/\s]+/?\Z")]
+
+
+def _base_url(scheme: str) -> AfterValidator:
+    """Accept a base address: scheme, host and port; a path is ours to add, a password nobody's."""
+    is_base = re.compile(rf"{scheme}s?://[^/\s?#@]+/?").fullmatch
+
+    def check(value: str) -> str:
+        if not is_base(value):
+            raise ValueError(f"a base looks like {scheme}s://host:port, without a path")
+        return value
+
+    return AfterValidator(check)
+
+
+SocketUrl = Annotated[str, _base_url("ws")]
+RestUrl = Annotated[str, _base_url("http")]
 
 
 class Settings(BaseSettings):
@@ -104,10 +120,10 @@ class Settings(BaseSettings):
     symbols: CommaSeparated = []
     streams: CommaSeparated = ["trade"]
 
-    binance_spot_ws_url: Url = "wss://stream.binance.com:9443"
-    binance_spot_rest_url: Url = "https://api.binance.com"
-    simulator_ws_url: Url = "ws://127.0.0.1:8700"
-    simulator_rest_url: Url = "http://127.0.0.1:8700"
+    binance_spot_ws_url: SocketUrl = "wss://stream.binance.com:9443"
+    binance_spot_rest_url: RestUrl = "https://api.binance.com"
+    simulator_ws_url: SocketUrl = "ws://127.0.0.1:8700"
+    simulator_rest_url: RestUrl = "http://127.0.0.1:8700"
     proxy_url: SecretStr | None = None
 
     flush_batch_size: Annotated[int, Field(ge=1, le=100_000)] = 5000
@@ -194,9 +210,11 @@ def load(*, needs_symbols: bool = False) -> Settings:
     Raises:
         BadSettingsError: a value is bad, a name in `.env` is misspelt, or SYMBOLS is missing.
     """
-    _refuse_misspelt(dotenv_values(ENV_FILE) if Path(ENV_FILE).is_file() else ())
     try:
+        _refuse_misspelt(dotenv_values(ENV_FILE) if Path(ENV_FILE).is_file() else ())
         settings = Settings(_secrets_dir=os.environ.get("CREDENTIALS_DIRECTORY"))
+    except UnicodeDecodeError as error:
+        raise BadSettingsError(f"{ENV_FILE}: it is not UTF-8 text ({error})") from None
     except ValidationError as error:
         raise BadSettingsError("\n".join(_explain(error))) from None
     if needs_symbols and not settings.symbols:
@@ -274,7 +292,7 @@ def _refuse_misspelt(names: Iterable[str]) -> None:
     for name in names:
         if name.upper() in known or re.fullmatch(r"[A-Z0-9_]+", name.upper()) is None:
             continue
-        close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85)
+        close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
         if close:
             raise BadSettingsError(
                 f"{ENV_FILE}: there is no setting {name}; did you mean {close[0]}?"

@@ -66,7 +66,11 @@ def test_the_example_can_be_used_as_it_is(tmp_path: Path) -> None:
         ("LOG_LEVEL", "loud", "one of TRACE, DEBUG, INFO, WARNING, ERROR; the default is INFO"),
         ("POSTGRES_SSLMODE", "maybe", "one of disable, allow, prefer, require, verify-ca, "),
         ("BINANCE_SPOT_WS_URL", "ftp://x", "a text; the default is wss://stream.binance.com:9443"),
-        ("BINANCE_SPOT_REST_URL", "https://x/path", "a text; the default is https://api.binance"),
+        (
+            "BINANCE_SPOT_REST_URL",
+            "https://x/path",
+            "a text; the default is https://api.binance",
+        ),
         ("SYMBOLS", "binance:BTC USDT", "a list, comma separated"),
         ("SYMBOLS", "nowhere:BTCUSDT", "a list, comma separated"),
         ("STREAMS", ",", "a list, comma separated; the default is trade"),
@@ -194,3 +198,31 @@ def test_the_page_of_the_settings_is_what_the_settings_say() -> None:
     page = (root / "docs" / "configuration.md").read_text()
     example = (root / ".env.example").read_text()
     assert page == markdown(example), "python -m sluice.cli.configuration > docs/configuration.md"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BINANCE_SPOT_WS_URL", "https://stream"),
+        ("BINANCE_SPOT_WS_URL", "wss://user:hunter2@stream"),
+        ("BINANCE_SPOT_REST_URL", "wss://api"),
+        ("BINANCE_SPOT_REST_URL", "https://api?x=1"),
+    ],
+)
+def test_a_base_is_of_its_scheme_and_nothing_more(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettingsError, match=rf"^{name}: a base looks like") as caught:
+        load()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_env_file_that_is_no_text_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes(b"\xff=1\n")
+    with pytest.raises(BadSettingsError, match=r"^\.env: it is not UTF-8 text"):
+        load()
