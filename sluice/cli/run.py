@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import shlex
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ from sluice.settings import EXIT_BAD_SETTINGS, Settings, load_or_exit
 from sluice.simulator import DEFAULT_SYMBOLS
 
 LOGS: Final = Path(".sluice/log")
+ENVIRONMENT: Final = Path(".sluice/env")
 STATUS_SECONDS: Final = 5.0
 SAMPLE_SECONDS: Final = 1.0
 FIRST_ROW_SECONDS: Final = 60.0
@@ -116,6 +118,20 @@ def _running_pid() -> int | None:
     return None
 
 
+def _write_environment(environment: Mapping[str, str]) -> None:
+    """Leave the settings of this recording where a shell can read them: `. .sluice/env`."""
+    prefixes = ("REDIS_", "POSTGRES_", "SYMBOLS")
+    lines = [
+        f"export {name}={shlex.quote(value)}\n"
+        for name, value in sorted(environment.items())
+        if name.startswith(prefixes)
+    ]
+    ENVIRONMENT.parent.mkdir(parents=True, exist_ok=True)
+    ENVIRONMENT.unlink(missing_ok=True)
+    ENVIRONMENT.touch(mode=0o600)
+    ENVIRONMENT.write_text("".join(lines), encoding="utf-8")
+
+
 class _Run:
     """One recording: the services as children, and somebody who watches."""
 
@@ -128,6 +144,7 @@ class _Run:
             # What is read here is what the children are told.
             os.environ.update(environment)
             settings = load_or_exit(needs_symbols=True)
+        _write_environment(environment)
         self._settings = settings
         self._environment = environment
         self._stop = asyncio.Event()

@@ -5,6 +5,7 @@ import pty
 import re
 import select
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -159,11 +160,17 @@ def test_a_recording_from_start_to_summary(
     assert not [line for line in processes_in(directory).values() if " -m " in line]
 
 
-def test_it_ends_by_itself(record: Callable[..., Recording]) -> None:
+def test_it_ends_by_itself(record: Callable[..., Recording], directory: Path) -> None:
     recording = record("--seconds", "2")
 
     assert recording.end() == 0, recording.said
     assert "left in the queues: trade 0, orderbook_snapshot 0, kline 0" in recording.said
+    environment = directory / ".sluice" / "env"
+    assert stat.S_IMODE(environment.stat().st_mode) == 0o600
+    told = subprocess.run(
+        ["/bin/sh", "-c", f". {environment}; echo $POSTGRES_DB"], capture_output=True, check=True
+    )
+    assert told.stdout == b"sluice_simulator\n"
 
 
 def test_killed_it_leaves_no_process(record: Callable[..., Recording], directory: Path) -> None:
