@@ -42,7 +42,7 @@ class Violation(NamedTuple):
     invariant: str
     where: str
     detail: str
-    count: int = 1
+    ids: int = 1
 
     def __str__(self) -> str:
         return f"{self.invariant} ({self.where}): {self.detail}"

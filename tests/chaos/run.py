@@ -64,7 +64,7 @@ class Result:
 
     def count(self, invariant: str) -> int:
         """Sum up what violates one invariant."""
-        return sum(each.count for each in self.verdict.violations if each.invariant == invariant)
+        return sum(each.ids for each in self.verdict.violations if each.invariant == invariant)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{name} {times}" for name, times in sorted(self.hits.items()))
