@@ -1,10 +1,14 @@
-"""Where a market's record begins: heads that Redis does not have are read from the table.
+"""What Redis has forgotten is read from the table: where a record begins, and which gaps are open.
 
 A head is missing when a market is new, or when Redis came back empty. The push script notes the
 first id it saw since; whatever the table lacks below that id becomes holes again.
+
+An open gap is orphaned when Redis came back without it, or never heard of it: it is pushed before
+it is kept. Whatever the table lacks of its ids becomes holes again, and it is worked on.
 """
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Final
@@ -15,17 +19,19 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from collector.backfill import Venue
-from collector.ledger import Ledger
+from collector.ledger import TRADE, Ledger
 from sluice.backoff import Backoff
 from sluice.budget import Priority
 from sluice.clock import MICROS_PER_SECOND, now_micros
 from sluice.connections import connect_postgres
 from sluice.exchanges.base import BadFrameError
-from sluice.queue import UNANCHORED
+from sluice.queue import UNANCHORED, RecordQueue
+from sluice.records import Gap
 from sluice.rest import RestError
 from sluice.settings import Settings
 
 POLL_SECONDS: Final = 1.0
+ORPHANS_SECONDS: Final = 30.0
 
 _MISSING: Final = """
 SELECT before + 1 AS first, first_id - 1 AS last FROM (
@@ -37,6 +43,24 @@ SELECT before + 1 AS first, first_id - 1 AS last FROM (
 ) AS held WHERE first_id > before + 1 ORDER BY 1
 """
 """What the table lacks between the first id it has of a market and the first one seen since."""
+
+_OPEN: Final = """
+SELECT gap_id, from_id, to_id, cause, tries, revision,
+       (extract(epoch FROM opened_at) * 1000000)::bigint AS ts_opened
+FROM gaps
+WHERE market_id = market($1, $2) AND channel = 'trade' AND status = 'open' AND from_id IS NOT NULL
+"""
+
+_MISSING_WITHIN: Final = """
+SELECT before + 1 AS first, first_id - 1 AS last FROM (
+    SELECT first_id, lag(trade_id, 1, $3::bigint - 1) OVER (ORDER BY trade_id) AS before
+    FROM trades WHERE market_id = market($1, $2) AND trade_id BETWEEN $3 AND $4
+    UNION ALL
+    SELECT $4::bigint + 1, coalesce(max(trade_id), $3::bigint - 1)
+    FROM trades WHERE market_id = market($1, $2) AND trade_id BETWEEN $3 AND $4
+) AS held WHERE first_id > before + 1 ORDER BY 1
+"""
+"""What the table lacks from one id to another, both included."""
 
 _EXPLAINED: Final = """
 SELECT from_id, to_id FROM gaps
@@ -65,7 +89,7 @@ def subtract(
 
 
 class Anchors:
-    """Looks after the markets whose head was missing, until none is left.
+    """Looks after the markets whose head is missing, and now and then after orphaned gaps.
 
     `first_pushed` is the lowest id that this process pushed of each stream: where neither Redis nor
     the table knows a market, it is all that is known of what was recorded.
@@ -84,6 +108,8 @@ class Anchors:
         self._venues = venues
         self._first_pushed = first_pushed
         self._settings = settings
+        self._gap_queue = RecordQueue(redis, "gap")
+        self._orphans_at = time.monotonic() + ORPHANS_SECONDS
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop`; the servers' errors never leave here."""
@@ -110,22 +136,62 @@ class Anchors:
             for ledger, first in zip(self._ledgers, firsts, strict=True)
             if first is not None
         ]
-        if not pending:
+        are_orphans_due = time.monotonic() >= self._orphans_at
+        if not pending and not are_orphans_due:
             return
         connection = await connect_postgres(self._settings, command_timeout=300)
         try:
             for ledger, first in pending:
                 await self._anchor(connection, ledger, first)
+            if are_orphans_due:
+                for ledger in self._ledgers:
+                    await self._adopt_orphans(connection, ledger)
+                self._orphans_at = time.monotonic() + ORPHANS_SECONDS
         finally:
             await connection.close(timeout=5)
+
+    async def _adopt_orphans(self, connection: asyncpg.Connection, ledger: Ledger) -> None:
+        # In this order: what was closed before the first question is in the table by the last.
+        known = {gap.gap_id for gap in await ledger.open_gaps()}
+        if await self._gap_queue.length():
+            return
+        market = (ledger.market.exchange, ledger.market.symbol)
+        orphans = [
+            row for row in await connection.fetch(_OPEN, *market) if row["gap_id"] not in known
+        ]
+        if not orphans:
+            return
+        explained = await self._explained(connection, market)
+        for row in orphans:
+            found = await connection.fetch(_MISSING_WITHIN, *market, row["from_id"], row["to_id"])
+            await ledger.reopen(
+                subtract([(each["first"], each["last"]) for each in found], explained)
+            )
+            await ledger.adopt(
+                Gap(
+                    *market,
+                    channel=TRADE,
+                    ts_from=None,
+                    ts_to=None,
+                    status="open",
+                    ts_closed=None,
+                    **row,
+                )
+            )
+        logger.info("{}: {} open gaps that Redis had forgotten", ledger.field, len(orphans))
+
+    async def _explained(
+        self, connection: asyncpg.Connection, market: tuple[str, str]
+    ) -> list[tuple[int, int]]:
+        rows = await connection.fetch(_EXPLAINED, *market)
+        return [(row["from_id"], row["to_id"]) for row in rows]
 
     async def _anchor(self, connection: asyncpg.Connection, ledger: Ledger, first: int) -> None:
         market = (ledger.market.exchange, ledger.market.symbol)
         found = await connection.fetch(_MISSING, *market, first)
-        explained = await connection.fetch(_EXPLAINED, *market)
         holes = subtract(
             [(row["first"], row["last"]) for row in found],
-            [(row["from_id"], row["to_id"]) for row in explained],
+            await self._explained(connection, market),
         )
         if not found and not await connection.fetchval(
             "SELECT EXISTS (SELECT FROM trades WHERE market_id = market($1, $2))", *market

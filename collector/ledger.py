@@ -132,6 +132,10 @@ class Ledger:
         """Make ranges of ids holes again, as if they had just been missed."""
         await self._holes.reopen(ranges)
 
+    async def adopt(self, gap: Gap) -> None:
+        """Work on an open gap of the table's that Redis does not know."""
+        await self._redis.hsetnx(self._gaps_key, gap.gap_id, records.encode(gap))
+
     async def _keep(self, gap: Gap) -> None:
         await self._push(gap)
         await self._redis.hset(self._gaps_key, gap.gap_id, records.encode(gap))

@@ -12,12 +12,13 @@ from aiohttp import web
 from loguru import logger
 from redis.asyncio import Redis
 
+from collector import anchors as anchors_module
 from collector import backfill as backfill_module
 from collector import liveness as liveness_module
 from collector import skew as skew_module
 from collector.anchors import Anchors, subtract
 from collector.backfill import Backfill, Venue
-from collector.ledger import Ledger
+from collector.ledger import Ledger, gaps_key
 from collector.liveness import Liveness
 from collector.skew import ClockSkew
 from sluice import records
@@ -167,6 +168,56 @@ async def test_a_market_that_is_new_begins_where_it_begins(
 ) -> None:
     await anchored(redis, postgres, {NAME: 20}, 20)
     assert await holes(redis) == []
+
+
+async def test_an_open_gap_that_redis_has_forgotten_is_worked_on_again(
+    redis: Redis, postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anchors_module, "ORPHANS_SECONDS", 0.0)
+    await store(postgres, [1, 2, 5, 10], absent=[7])
+    connection = await asyncpg.connect(postgres.dsn)
+    try:
+        await connection.executemany(
+            "INSERT INTO gaps (gap_id, market_id, channel, from_id, to_id, cause, status, tries,"
+            " revision, opened_at) VALUES ($1, market('simulator', 'BTCUSDT'), 'trade', $2, $3,"
+            " 'a test', $4, 3, 17, to_timestamp(1.5))",
+            [("orphan", 3, 9, "open"), ("whole", 1, 2, "open"), ("closed", 11, 12, "filled")],
+        )
+    finally:
+        await connection.close()
+    values = {name.lower(): value for name, value in postgres.environment.items()}
+    ledger = Ledger(redis, MARKET)
+    anchors = Anchors(redis, [ledger], {}, {}, Settings.model_validate(values))
+    stop = asyncio.Event()
+    async with during(anchors.run(stop), stop):
+        await eventually(lambda: _is(redis.hlen(gaps_key(NAME)), expected=2))
+    assert await holes(redis) == [(3, 4), (6, 6), (8, 9)]
+    kept = {gap.gap_id: gap for gap in await ledger.open_gaps()}
+    assert (kept["orphan"].from_id, kept["orphan"].to_id) == (3, 9)
+    assert (kept["orphan"].tries, kept["orphan"].revision) == (3, 17)
+    assert kept["orphan"].ts_opened == 1_500_000
+    # What lacks nothing is closed at once, the other when its holes are gone.
+    assert [gap.gap_id for gap in await ledger.settle(60_000, "")] == ["orphan"]
+
+
+async def test_a_gap_on_its_way_to_the_table_is_no_orphan(
+    redis: Redis, postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anchors_module, "ORPHANS_SECONDS", 0.0)
+    await store(postgres, [1], absent=[])
+    connection = await asyncpg.connect(postgres.dsn)
+    try:
+        await connection.execute(
+            "INSERT INTO gaps (gap_id, market_id, channel, from_id, to_id, cause, status, tries,"
+            " revision, opened_at) VALUES ('closed since', market('simulator', 'BTCUSDT'),"
+            " 'trade', 3, 9, 'a test', 'open', 0, 1, now())"
+        )
+    finally:
+        await connection.close()
+    await RecordQueue(redis, "gap").push([b"its end, not stored yet"])
+    # The end of the run waits for the step that looks after the head and then after gaps.
+    await anchored(redis, postgres, {NAME: 10}, 10)
+    assert await redis.hlen(gaps_key(NAME)) == 0
 
 
 @pytest.fixture
