@@ -126,7 +126,7 @@ MUTANTS: Final = (
             ),
         ),
         _FLUSHER_FAULTS,
-        "terminated_again_and_again",
+        "nobody_foresaw",
     ),
     Mutant(
         "no ON CONFLICT",
