@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from sluice.cli.servers import RedisServer
+from sluice.clock import now_micros
 from tests.acceptance.completeness import account, complete, fresh
 from tests.acceptance.processes import processes
 from tests.faults import redis_faults
@@ -56,7 +57,9 @@ async def test_a_collector_killed_beside_its_spool_loses_and_repeats_nothing(
         assert process.returncode == -signal.SIGKILL
         assert spooled_batches(spool) > 0, "inconclusive: nothing was left on the disk"
         del running.running["collector"]
+        restarted = now_micros()
         running.start("collector")
+        await fresh(postgres.dsn, restarted)
         await complete(postgres.dsn, running, [SYMBOL], {SYMBOL: first})
         await eventually(lambda: spooled_batches(spool) == 0)
         assert "adopted a spool" in running.log("collector")
