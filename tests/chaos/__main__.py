@@ -52,6 +52,8 @@ def main() -> int:
                 print(f"  {time.monotonic() - began:.0f} s; the logs: {logs}", flush=True)
     for name in ("redis", "postgres"):
         shutil.rmtree(directory / name)
+    if not any(directory.iterdir()):
+        directory.rmdir()
     return _summarise(results)
 
 

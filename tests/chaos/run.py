@@ -31,7 +31,9 @@ RATE: Final = 100
 CEILING: Final = 180.0
 """Seconds that any outcome may take; what is asserted is the outcome."""
 LONG_SECONDS: Final = 20.0
-"""From so many seconds on a run has faults that are slow to heal."""
+"""From so many seconds on a run has faults that are slow to heal, and deadlines that are met."""
+SHOWN: Final = 20
+"""The most violations of a seed that are printed."""
 
 
 @dataclass
@@ -77,7 +79,8 @@ class Result:
         )
         lines = [
             line,
-            *(f"  {violation}" for violation in self.verdict.violations),
+            *(f"  {violation}" for violation in self.verdict.violations[:SHOWN]),
+            *([f"  and {more} more"] if (more := len(self.verdict.violations) - SHOWN) > 0 else []),
             *(f"  doubt: {doubt}" for doubt in self.verdict.doubts),
         ]
         return "\n".join(lines)
@@ -91,7 +94,8 @@ async def run_seed(servers: Servers, seed: int, seconds: float, directory: Path)
     }
     drawn = plan(seed, seconds, names)
     result = Result(seed)
-    async with _started(servers, drawn, directory, result) as (rig, truth):
+    drain_seconds = 3.0 if seconds >= LONG_SECONDS else 60.0
+    async with _started(servers, drawn, directory, result, drain_seconds) as (rig, truth):
         connection = await asyncpg.connect(servers.database.dsn, timeout=60)
         starts = {market: await _first_stored(connection, market) for market in MARKETS}
         await connection.close()
@@ -115,7 +119,7 @@ async def run_seed(servers: Servers, seed: int, seconds: float, directory: Path)
 
 @asynccontextmanager
 async def _started(
-    servers: Servers, drawn: Plan, directory: Path, result: Result
+    servers: Servers, drawn: Plan, directory: Path, result: Result, drain_seconds: float
 ) -> AsyncIterator[tuple[Rig, Truth]]:
     """Start the exchange and the services, with a proxy before each server."""
     redis, postgres = servers.redis, servers.postgres
@@ -132,7 +136,7 @@ async def _started(
             "POSTGRES_PORT": str(postgres_proxy.port),
             "SYMBOLS": ",".join(map(str, MARKETS)),
             "SNAPSHOT_INTERVAL_MS": "200",
-            "DRAIN_SECONDS": "3",
+            "DRAIN_SECONDS": str(drain_seconds),
         }
         with processes(directory, environment) as running:
             symbols = ",".join(market.symbol for market in MARKETS)

@@ -28,6 +28,11 @@ def main(words: Sequence[str]) -> int:
     mutants = [
         mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)
     ]
+    if not mutants:
+        print(
+            "no mutant has such a name; there are", *(mutant.name for mutant in MUTANTS), sep="\n"
+        )
+        return 2
     # One for all copies, or each would bring its own.
     root = ensure_root(SERVICES, lambda line: print(line, file=sys.stderr))
     os.environ["SLUICE_SERVICES"] = str(root)
