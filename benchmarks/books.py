@@ -26,6 +26,7 @@ import itertools
 import statistics
 import time
 import tracemalloc
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -67,16 +68,16 @@ class Sluice:
         self.top = book.top
 
 
-class Loaded:
+class Loaded(ABC):
     """A book to which an image is a change like any other."""
 
     def load(self, bids: Levels, asks: Levels) -> None:
         """Take the first image."""
         self.apply(bids, asks)
 
+    @abstractmethod
     def apply(self, bids: Levels, asks: Levels) -> None:
         """Take a change."""
-        raise NotImplementedError
 
 
 def _is_zero(size: str) -> bool:

@@ -171,22 +171,7 @@ class Collector:
             ],
         )
         yield counter("collector_bad_frames", "Frames nobody can read", [({}, counts.bad_frames)])
-        yield counter(
-            "publisher_pushed_records",
-            "Records that reached Redis",
-            [({"queue": kind}, count) for kind, count in counts.pushed.items()],
-        )
-        yield counter("publisher_spooled_records", "Sent to the disk", [({}, counts.spooled)])
-        yield counter("publisher_returned_records", "Back from it", [({}, counts.returned)])
-        yield counter("publisher_shed_records", "Lost: no room anywhere", [({}, counts.shed)])
-        yield counter("publisher_failures", "Pushes Redis refused", [({}, counts.failures)])
-        yield gauge("publisher_memory_records", "Not yet pushed", [({}, self.publisher.in_memory)])
-        yield gauge("publisher_spool_bytes", "On the disk", [({}, self.publisher.spool_bytes)])
-        yield gauge(
-            "queue_depth",
-            "Length after our last push",
-            [({"queue": kind}, depth) for kind, depth in self.publisher.lengths.items()],
-        )
+        yield from self.publisher.metrics()
         if self.backfill is not None:
             yield gauge("gaps_open", "Gaps being worked on", [({}, self.backfill.open_gaps)])
             yield counter("backfill_pages", "Pages asked for", [({}, self.backfill.pages)])

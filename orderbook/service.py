@@ -207,14 +207,7 @@ class Books:
             ],
         )
         yield counter("orderbook_bad_frames", "Frames nobody can read", [({}, counts.bad_frames)])
-        yield counter(
-            "publisher_pushed_records",
-            "Records that reached Redis",
-            [({"queue": kind}, count) for kind, count in counts.pushed.items()],
-        )
-        yield counter("publisher_spooled_records", "Sent to the disk", [({}, counts.spooled)])
-        yield counter("publisher_shed_records", "Lost: no room anywhere", [({}, counts.shed)])
-        yield gauge("publisher_memory_records", "Not yet pushed", [({}, self.publisher.in_memory)])
+        yield from self.publisher.metrics()
 
 
 def resident_bytes() -> int:

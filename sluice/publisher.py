@@ -17,12 +17,14 @@ from typing import Final
 
 import msgspec
 from loguru import logger
+from prometheus_client.core import Metric
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from sluice import failpoints, records
 from sluice.backoff import Backoff
 from sluice.clock import now_micros
+from sluice.metrics import counter, gauge
 from sluice.queue import BAD_FRAMES, HEADS, RecordQueue, Segment, head_field
 from sluice.records import KIND_OF, Gap, Record, Trade
 from sluice.settings import Settings
@@ -168,6 +170,26 @@ class Publisher:
     @property
     def _spools(self) -> list[Spool]:
         return [*self._adopted, *([self._spool] if self._spool else [])]
+
+    def metrics(self) -> Iterable[Metric]:
+        """Give the families behind `/metrics` that every process with a publisher has."""
+        counts = self.counts
+        yield counter(
+            "publisher_pushed_records",
+            "Records that reached Redis",
+            [({"queue": kind}, count) for kind, count in counts.pushed.items()],
+        )
+        yield counter("publisher_spooled_records", "Sent to the disk", [({}, counts.spooled)])
+        yield counter("publisher_returned_records", "Back from it", [({}, counts.returned)])
+        yield counter("publisher_shed_records", "Lost: no room anywhere", [({}, counts.shed)])
+        yield counter("publisher_failures", "Pushes Redis refused", [({}, counts.failures)])
+        yield gauge("publisher_memory_records", "Not yet pushed", [({}, self.in_memory)])
+        yield gauge("publisher_spool_bytes", "On the disk", [({}, self.spool_bytes)])
+        yield gauge(
+            "queue_depth",
+            "Length after our last push",
+            [({"queue": kind}, depth) for kind, depth in self.lengths.items()],
+        )
 
     def put(self, record: Record) -> None:
         """Take a record; it is pushed within BATCH_SECONDS while Redis is well."""

@@ -1,7 +1,15 @@
 """How the orderbook process divides markets and chooses its images."""
 
-from orderbook.service import image_limit, in_shard, resident_bytes
+import asyncio
+
+from redis.asyncio import Redis
+
+from orderbook.coverage import Coverage
+from orderbook.latest import LatestBooks
+from orderbook.service import Books, image_limit, in_shard, resident_bytes
 from sluice.exchanges import EXCHANGES
+from sluice.lifecycle import Process
+from sluice.publisher import Publisher
 from sluice.settings import Market, Settings
 
 
@@ -41,3 +49,17 @@ def test_an_image_is_as_cheap_as_will_do() -> None:
 
 def test_memory_is_that_of_this_process() -> None:
     assert 10 * 2**20 < resident_bytes() < 10 * 2**30
+
+
+async def test_the_orderbook_tells_what_waits_on_its_disk() -> None:
+    async with Redis(port=1) as redis:
+        publisher = Publisher(redis, Settings())
+        latest = LatestBooks(redis, lambda _: None, is_published=False)
+        process = Process("orderbook", Settings(), asyncio.Event())
+        books = Books(process, publisher, latest, Coverage(redis, publisher.put), {})
+        names = {metric.name for metric in books.metrics()}
+    assert {
+        "sluice_publisher_failures",
+        "sluice_publisher_spool_bytes",
+        "sluice_queue_depth",
+    } <= names
