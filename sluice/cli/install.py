@@ -1,6 +1,9 @@
 """`sluice install`: the systemd units, rendered for a prefix, a user and a number of shards."""
 
+import json
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -8,7 +11,9 @@ from typing import Annotated, Final
 
 import typer
 
-SERVICES: Final = ("collector", "orderbook", "flusher")
+PORTS: Final = {"collector": 9101, "orderbook": 9102, "flusher": 9103}
+"""Where the first instance of each service serves its pages; every other one is 10 further."""
+SLOTS: Final = ("a", "b")
 _SETTINGS: Final = """\
 # Sluice: what every process reads. See .env.example for all there is; passwords belong in
 # /etc/sluice/credentials, one file a setting, readable by root alone.
@@ -16,6 +21,32 @@ SYMBOLS=binance:BTCUSDT,binance:ETHUSDT
 REDIS_HOST=127.0.0.1
 POSTGRES_HOST=127.0.0.1
 """
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One unit `sluice-<service>@<shard>-<slot>`; two slots take turns in a deploy."""
+
+    service: str
+    shard: int
+    slot: str
+
+    @property
+    def port(self) -> int:
+        """Where it serves its pages; no two instances share one."""
+        return PORTS[self.service] + 10 * (len(SLOTS) * self.shard + SLOTS.index(self.slot))
+
+
+def _targets(instances: Iterable[Instance]) -> str:
+    """Write what Prometheus' file_sd_configs reads: both slots, told apart from what they do."""
+    groups = [
+        {
+            "targets": [f"127.0.0.1:{each.port}"],
+            "labels": {"service": each.service, "shard": str(each.shard), "slot": each.slot},
+        }
+        for each in instances
+    ]
+    return json.dumps(groups, indent=2) + "\n"
 
 
 def templates() -> Traversable:
@@ -50,9 +81,18 @@ def install(
     """
     etc = root / "etc"
     files = {etc / "systemd" / "system" / name: text for name, text in render(prefix, user).items()}
-    for shard in range(shards) if shards > 1 else ():
-        files[etc / "sluice" / f"orderbook-{shard}-a.env"] = f"BOOK_SHARD={shard}/{shards}\n"
-        files[etc / "sluice" / f"orderbook-{shard}-b.env"] = f"BOOK_SHARD={shard}/{shards}\n"
+    instances = [
+        Instance(service, shard, slot)
+        for service in PORTS
+        for shard in range(shards if service == "orderbook" else 1)
+        for slot in SLOTS
+    ]
+    for each in instances:
+        files[etc / "sluice" / f"{each.service}-{each.shard}-{each.slot}.env"] = (
+            f"METRICS_PORT={each.port}\n"
+            + (f"BOOK_SHARD={each.shard}/{shards}\n" if each.service == "orderbook" else "")
+        )
+    files[etc / "sluice" / "prometheus-targets.json"] = _targets(instances)
     settings = etc / "sluice" / "sluice.env"
     if settings.exists():
         typer.echo(f"kept     {settings}")
@@ -74,13 +114,13 @@ def install(
         except OSError as error:
             typer.echo(f"{path}: {error.strerror}", err=True)
             raise typer.Exit(1) from error
-    instances = " ".join(
-        f"sluice-{service}@{shard}-a"
-        for service in SERVICES
-        for shard in range(shards if service == "orderbook" else 1)
+    first = " ".join(
+        f"sluice-{each.service}@{each.shard}-{each.slot}"
+        for each in instances
+        if each.slot == SLOTS[0]
     )
     typer.echo(
         f"next: useradd --system {user}; fill in {settings};\n"
-        f"      systemctl daemon-reload && systemctl enable --now {instances} "
+        f"      systemctl daemon-reload && systemctl enable --now {first} "
         "sluice-maintain.timer sluice.target"
     )

@@ -1,5 +1,6 @@
 """The units, the installer and the rolling deploy, without a systemd to run them."""
 
+import json
 import os
 import shutil
 import stat
@@ -34,7 +35,11 @@ def test_install_writes_what_it_says(tmp_path: Path) -> None:
     assert "ExecStart=/opt/sluice/bin/python -m flusher" in unit
     assert "User=feeds" in unit
     assert "@PREFIX@" not in unit
-    assert (tmp_path / "etc/sluice/orderbook-1-a.env").read_text() == "BOOK_SHARD=1/2\n"
+    instance = (tmp_path / "etc/sluice/orderbook-1-a.env").read_text()
+    assert instance == "METRICS_PORT=9122\nBOOK_SHARD=1/2\n"
+    targets = json.loads((tmp_path / "etc/sluice/prometheus-targets.json").read_text())
+    addresses = [address for group in targets for address in group["targets"]]
+    assert len(set(addresses)) == len(addresses) == 2 * (1 + 2 + 1)
     secret = tmp_path / "etc/sluice/credentials/postgres_password"
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     for line in planned.output.splitlines():
