@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import uvloop
 from loguru import logger
@@ -23,6 +24,7 @@ from sluice.metrics import Health, gauge, serve_metrics
 from sluice.settings import EXIT_BAD_SETTINGS, BadSettingsError, Settings, load, load_or_exit
 from sluice.supervision import Supervisor
 
+VERSION = version("sluice")
 STATISTICS_SECONDS = 30.0
 LAST_SECONDS = 1.5
 """How long a cancelled service may take to end; a cancellation can be lost on the way."""
@@ -59,6 +61,7 @@ class Process:
     def collect(self) -> Iterable[Metric]:
         """Give all metric families of the process."""
         yield gauge("up", "1 while the process runs", [({"process": self.name}, 1)])
+        yield gauge("build_info", "Which version runs", [({"version": VERSION}, 1)])
         yield gauge("ready", "1 while it is ready", [({}, float(self.health.is_ready))])
         yield gauge("start_timestamp_seconds", "When it started", [({}, self.started)])
         for collect in self.metrics:
@@ -153,7 +156,7 @@ async def _run(name: str, service: Service, settings: Settings, port: int) -> in
         asyncio.create_task(_report_to_supervisor(process)),
     ]
     try:
-        logger.info("{}: started", name)
+        logger.info("{}: started, version {}", name, VERSION)
         process.health.ready("start")
         await service(process)
     except asyncio.CancelledError:

@@ -114,6 +114,11 @@ def install(
         except OSError as error:
             typer.echo(f"{path}: {error.strerror}", err=True)
             raise typer.Exit(1) from error
+    # The command reads `.env` where it is started: here it reads what the services read.
+    link = etc / "sluice" / ".env"
+    typer.echo(f"{'would link' if dry_run else 'linked'}   {link}")
+    if not dry_run and not link.is_symlink():
+        link.symlink_to(settings.name)
     first = " ".join(
         f"sluice-{each.service}@{each.shard}-{each.slot}"
         for each in instances

@@ -37,6 +37,7 @@ def test_install_writes_what_it_says(tmp_path: Path) -> None:
     assert "@PREFIX@" not in unit
     instance = (tmp_path / "etc/sluice/orderbook-1-a.env").read_text()
     assert instance == "METRICS_PORT=9122\nBOOK_SHARD=1/2\n"
+    assert (tmp_path / "etc/sluice/.env").read_text().startswith("# Sluice")
     targets = json.loads((tmp_path / "etc/sluice/prometheus-targets.json").read_text())
     addresses = [address for group in targets for address in group["targets"]]
     assert len(set(addresses)) == len(addresses) == 2 * (1 + 2 + 1)
