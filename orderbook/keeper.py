@@ -5,14 +5,13 @@ and notes of others, none of which waits.
 """
 
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple, Protocol, Self
 
 from loguru import logger
 
-from orderbook.coverage import Coverage, Return
+from orderbook.coverage import Return
 from orderbook.grid import SnapshotGrid
-from orderbook.images import ImageQueue
-from orderbook.latest import LatestBook, LatestBooks
+from orderbook.latest import LatestBook
 from orderbook.synchronizer import BookSynchronizer, Continuity, Outcome, State
 from sluice.budget import Priority
 from sluice.exchanges.base import Depth, DepthImage
@@ -29,14 +28,47 @@ _CAUSES: Final = {
 }
 
 
+class Latest(Protocol):
+    """Takes note of what readers of the latest book must see, as `LatestBooks` does."""
+
+    def changed(self, market: Market) -> None:
+        """Note that a market's book has changed."""
+
+    def lost(self, market: Market, sync_id: int) -> None:
+        """Note that a sync is over."""
+
+
+class Windows(Protocol):
+    """Takes note of when books are live, as `Coverage` does."""
+
+    def covers(self, market: Market, ts_event: int) -> None:
+        """Note that a book is live and holds everything up to an event."""
+
+    def returned(self, back: Return) -> None:
+        """Note that a book is live again."""
+
+
+class Images(Protocol):
+    """Where images are asked for, as at an `ImageQueue`."""
+
+    def want(self, symbol: str, priority: Priority) -> None:
+        """Ask for an image."""
+
+    def want_newer(self, symbol: str, priority: Priority) -> None:
+        """Ask for another image after a while."""
+
+    def settled(self, symbol: str) -> None:
+        """Note that a book has its image."""
+
+
 @dataclass(frozen=True)
 class Outlets:
     """Where a keeper's work goes."""
 
     publisher: Publisher
-    latest: LatestBooks
-    coverage: Coverage
-    images: ImageQueue
+    latest: Latest
+    coverage: Windows
+    images: Images
 
 
 class _Held(NamedTuple):

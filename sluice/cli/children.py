@@ -59,17 +59,7 @@ class Child:
         self.log.write_bytes(b"")
         starts = 0
         while not self._is_stopping:
-            with self.log.open("ab") as log:
-                self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", *self._arguments),
-                    env=self._environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    preexec_fn=partial(_end_with, os.getpid()),
-                )
-            code = await self._process.wait()
+            code = await self.run_once()
             if self._is_stopping:
                 return
             if code == EXIT_BAD_SETTINGS:
@@ -78,6 +68,21 @@ class Child:
             self._say(f"{self.name} ended by itself ({how}: {self.log_tail(1)}), starting it again")
             await asyncio.sleep(_SECONDS_BETWEEN_STARTS[min(starts, 3)])
             starts += 1
+
+    async def run_once(self) -> int:
+        """Start it and wait for its end; gives its exit code, below zero for a signal."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", *self._arguments),
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=partial(_end_with, os.getpid()),
+            )
+        return await self._process.wait()
 
     async def stop(self, ceiling: float) -> bool:
         """Send SIGTERM and wait; gives whether it ended with exit code 0 within the ceiling."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 import asyncpg
 import typer
 
+from sluice.cli.debian import Say
 from sluice.cli.output import EXIT_UNEXPLAINED, Json, run, show
 from sluice.connections import connect_postgres
 from sluice.settings import Settings
@@ -28,6 +29,28 @@ def read_schema() -> str:
     if checkout.is_file():
         return checkout.read_text(encoding="utf-8")
     return resources.files("sluice").joinpath("schema.sql").read_text(encoding="utf-8")
+
+
+async def prepare(settings: Settings, say: Say) -> None:
+    """Make the database where it is missing, and apply the schema; raises what asyncpg raises."""
+    try:
+        connection = await connect_postgres(settings)
+    except asyncpg.InvalidCatalogNameError:
+        name = settings.postgres_db
+        say(f"creating the database {name}")
+        maintenance = await connect_postgres(
+            settings.model_copy(update={"postgres_db": "postgres"})
+        )
+        try:
+            quoted = name.replace('"', '""')
+            await maintenance.execute(f'CREATE DATABASE "{quoted}" TEMPLATE template0')
+        finally:
+            await maintenance.close()
+        connection = await connect_postgres(settings)
+    try:
+        await connection.execute(read_schema())
+    finally:
+        await connection.close()
 
 
 @app.command("init")

@@ -23,12 +23,11 @@ from rich.live import Live
 
 from sluice.cli import services
 from sluice.cli.children import Child, RefusedError
-from sluice.cli.database import read_schema
+from sluice.cli.database import prepare
 from sluice.cli.observer import Observer, summarise
 from sluice.cli.output import EXIT_UNREACHABLE
 from sluice.cli.screen import screen, status_line, summary
 from sluice.cli.servers import free_port
-from sluice.connections import connect_postgres
 from sluice.settings import EXIT_BAD_SETTINGS, Settings, load_or_exit
 from sluice.simulator import DEFAULT_SYMBOLS
 
@@ -156,7 +155,7 @@ class _Run:
         self._catch_signals()
         settings = self._settings
         try:
-            await _prepare_database(settings)
+            await prepare(settings, say)
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             say(f"PostgreSQL: {type(error).__name__}: {error}")
             return EXIT_UNREACHABLE
@@ -339,25 +338,3 @@ def _simulated(settings: Settings, port: int) -> dict[str, str]:
         "REDIS_DB": str(settings.redis_db + 1),
         "SPOOL_DIR": f"{settings.spool_dir}-simulator",
     }
-
-
-async def _prepare_database(settings: Settings) -> None:
-    """Make the database where it is missing, and apply the schema."""
-    try:
-        connection = await connect_postgres(settings)
-    except asyncpg.InvalidCatalogNameError:
-        name = settings.postgres_db
-        say(f"creating the database {name}")
-        maintenance = await connect_postgres(
-            settings.model_copy(update={"postgres_db": "postgres"})
-        )
-        try:
-            quoted = name.replace('"', '""')
-            await maintenance.execute(f'CREATE DATABASE "{quoted}" TEMPLATE template0')
-        finally:
-            await maintenance.close()
-        connection = await connect_postgres(settings)
-    try:
-        await connection.execute(read_schema())
-    finally:
-        await connection.close()
