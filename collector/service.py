@@ -22,8 +22,9 @@ from sluice.connections import connect_redis
 from sluice.exchanges import EXCHANGES, Exchange
 from sluice.exchanges.base import BadFrameError, Reply, ServerShutdown
 from sluice.fitness import redis_is_fit, spool_is_fit
-from sluice.lifecycle import Process
+from sluice.lifecycle import Fact, Process
 from sluice.metrics import counter, gauge
+from sluice.presence import announce
 from sluice.publisher import Publisher
 from sluice.records import Kline, Ticker, Trade
 from sluice.rest import RestClient
@@ -139,6 +140,16 @@ class Collector:
             f"open gaps {gaps}; queues: {depths or 'not pushed to yet'}"
         )
 
+    def facts(self) -> dict[str, Fact]:
+        """Give what `sluice status` shows."""
+        messages = sum(intake.messages.total() for intake in self.intakes.values())
+        return {
+            "sockets": f"{sum(s.is_connected for s in self.streams)}/{len(self.streams)}",
+            "messages/s": round(self.rate.of(messages)),
+            "lag s": round(max((i.lag for i in self.intakes.values()), default=0.0), 3),
+            "on disk": self.publisher.spool_records,
+        }
+
     def metrics(self) -> Iterable[Metric]:
         """Give the families behind `/metrics`."""
         counts = self.publisher.counts
@@ -198,6 +209,7 @@ async def run(process: Process) -> None:
         collector = Collector(process, publisher)
         process.statistics.append(collector.statistics)
         process.metrics.append(collector.metrics)
+        process.facts.append(collector.facts)
 
         by_exchange: dict[str, list[Market]] = defaultdict(list)
         for market in settings.markets:
@@ -224,6 +236,7 @@ async def run(process: Process) -> None:
         async with asyncio.TaskGroup() as tasks:
             fitness = tasks.create_task(redis_is_fit(redis, process.health))
             publishing = tasks.create_task(publisher.run(publisher_stop))
+            tasks.create_task(announce(process, redis))
             sources = [tasks.create_task(stream.run(stop)) for stream in collector.streams]
             # Nothing is judged before Redis is known to be one that keeps what it is told.
             keepers = tasks.create_task(

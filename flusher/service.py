@@ -15,8 +15,9 @@ from flusher.tables import TABLES
 from sluice.backoff import Backoff
 from sluice.connections import connect_postgres, connect_redis
 from sluice.fitness import redis_is_fit
-from sluice.lifecycle import Process
+from sluice.lifecycle import Fact, Process
 from sluice.metrics import counter, gauge
+from sluice.presence import announce
 from sluice.queue import RecordQueue
 from sluice.settings import Settings
 
@@ -33,8 +34,10 @@ async def run(process: Process) -> None:
         drains = [Drain(RecordQueue(redis, kind), table, process) for kind, table in TABLES.items()]
         process.statistics.append(_Statistics(drains))
         process.metrics.append(lambda: _metrics(drains))
+        process.facts.append(lambda: _facts(drains))
         process.reload.append(lambda _: _RELOADED)  # each batch reads the process's settings
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(announce(process, redis))
             for drain in drains:
                 tasks.create_task(drain.run())
     finally:
@@ -107,6 +110,15 @@ class _Statistics:
                 + (f", attempts failed{errors}" if errors else "")
             )
         return "; ".join(parts) or "nothing to flush yet"
+
+
+def _facts(drains: list[Drain]) -> dict[str, Fact]:
+    """Give what `sluice status` shows."""
+    last = max(drain.counts.last_success for drain in drains)
+    return {
+        "rows": sum(drain.counts.taken for drain in drains),
+        "last flush": f"{time.time() - last:.1f} s ago" if last else "none yet",
+    }
 
 
 def _metrics(drains: list[Drain]) -> Iterable[Metric]:

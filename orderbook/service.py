@@ -21,8 +21,9 @@ from sluice.connections import connect_redis
 from sluice.exchanges import EXCHANGES, Exchange
 from sluice.exchanges.base import BadFrameError, Depth, DepthImage, Reply, ServerShutdown
 from sluice.fitness import redis_is_fit, spool_is_fit
-from sluice.lifecycle import Process
+from sluice.lifecycle import Fact, Process
 from sluice.metrics import counter, gauge
+from sluice.presence import announce
 from sluice.publisher import Publisher
 from sluice.rest import RestClient
 from sluice.settings import Market, Settings
@@ -170,6 +171,14 @@ class Books:
             + "; ".join(keeper.summary() for keeper in keepers[:SHOWN])
         )
 
+    def facts(self) -> dict[str, Fact]:
+        """Give what `sluice status` shows."""
+        return {
+            "sockets": f"{sum(stream.is_connected for stream in self.feeds)}/{len(self.feeds)}",
+            "books live": f"{self.live}/{len(self.keepers)}",
+            "on disk": self.publisher.spool_records,
+        }
+
     def metrics(self) -> Iterable[Metric]:
         """Give the families behind `/metrics`."""
         keepers = list(self.keepers.values())
@@ -237,6 +246,7 @@ async def run(process: Process) -> None:
         books = Books(process, publisher, latest, coverage, keepers)
         process.statistics.append(books.statistics)
         process.metrics.append(books.metrics)
+        process.facts.append(books.facts)
         for name, symbols in _by_exchange(markets).items():
             exchange = EXCHANGES[name]
             rest = RestClient(exchange, settings, Budget(redis, exchange))
@@ -248,6 +258,7 @@ async def run(process: Process) -> None:
         publisher_stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             publishing = tasks.create_task(publisher.run(publisher_stop))
+            tasks.create_task(announce(process, redis))
             sources = [tasks.create_task(stream.run(stop)) for stream in books.feeds]
             writing = [tasks.create_task(latest.run()), tasks.create_task(coverage.run())]
             watching = [

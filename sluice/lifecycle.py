@@ -25,6 +25,7 @@ from sluice.settings import EXIT_BAD_SETTINGS, BadSettingsError, Settings, load,
 from sluice.supervision import Supervisor
 
 VERSION = version("sluice")
+Fact = int | float | str
 STATISTICS_SECONDS = 30.0
 LAST_SECONDS = 1.5
 """How long a cancelled service may take to end; a cancellation can be lost on the way."""
@@ -35,9 +36,10 @@ class Process:
     """What a running service has from its process.
 
     `stop` is set by the first signal. `statistics` gives the line that is logged every 30 s,
-    `metrics` the families behind `/metrics`, and `reload` what takes new settings after SIGHUP and
-    names the variables it applied; a service adds its own to each. It calls `progress` whenever
-    work got on, whatever the outcome: without it systemd's watchdog ends the process.
+    `metrics` the families behind `/metrics`, `facts` what `sluice status` shows, and `reload` what
+    takes new settings after SIGHUP and names the variables it applied; a service adds its own to
+    each. It calls `progress` whenever work got on, whatever the outcome: without it systemd's
+    watchdog ends the process.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Process:
     health: Health = field(default_factory=Health)
     statistics: list[Callable[[], str]] = field(default_factory=list)
     metrics: list[Callable[[], Iterable[Metric]]] = field(default_factory=list)
+    facts: list[Callable[[], dict[str, Fact]]] = field(default_factory=list)
     reload: list[Callable[[Settings], set[str]]] = field(default_factory=list)
     supervisor: Supervisor = field(default_factory=lambda: Supervisor(os.environ))
     started: float = field(default_factory=time.time)

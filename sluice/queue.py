@@ -24,6 +24,8 @@ UNANCHORED: Final = f"{PREFIX}:unanchored"
 """Hash: a stream whose head was missing to the first id pushed since; the table must be asked."""
 BOOKS_COVERED: Final = f"{PREFIX}:books:covered"
 """Hash: `<exchange>:<symbol>:depth` to the exchange's time up to which a book was live."""
+PROCESSES: Final = f"{PREFIX}:processes"
+"""Hash: `<name>:<host>:<pid>` to how that process stands (`sluice.presence`)."""
 BAD_FRAMES: Final = f"{PREFIX}:frames:bad"
 """List: the newest frames that no adapter could read."""
 MAX_TRACKED_ID: Final = 2**53 - 1

@@ -13,6 +13,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from sluice.connections import connect_postgres, connect_redis
+from sluice.presence import Presence, present
 from sluice.queue import RecordQueue, book_key
 from sluice.records import KINDS, RejectedRecordError, TooNewError, decode
 from sluice.settings import Market, Settings
@@ -105,6 +106,7 @@ class Sample:
     queues: Sequence[QueueState]
     committed: int
     rows_per_second: float
+    processes: Sequence[Presence] = ()
     problem: str = ""
 
     @property
@@ -137,14 +139,16 @@ class Observer:
     async def sample(self) -> Sample:
         """Look once."""
         now = time.monotonic() - self._began
+        processes: Sequence[Presence] = ()
         try:
+            processes = await present(self._redis)
             queues, committed = await self._read_queues()
             books = {market: await self._read_book(market) for market in self._markets}
             prices = await self._read_prices()
         except (OSError, RedisError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             last = self._last
             problem = f"{type(error).__name__}: {error}"
-            return Sample(now, last.markets, last.queues, last.committed, 0.0, problem)
+            return Sample(now, last.markets, last.queues, last.committed, 0.0, processes, problem)
         states = []
         for market in self._markets:
             price, rate = prices.get(market, (None, 0.0))
@@ -153,7 +157,7 @@ class Observer:
                 change = price / self._first_prices.setdefault(market, price) - 1
             states.append(MarketState(market, price, change, rate, *books[market]))
         rate = self._rate(now, committed)
-        self._last = Sample(now, states, queues, committed, rate)
+        self._last = Sample(now, states, queues, committed, rate, processes)
         return self._last
 
     async def queue_depths(self) -> dict[str, int]:

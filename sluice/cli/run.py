@@ -237,7 +237,7 @@ class _Run:
             while not self._stop.is_set():
                 sample = await observer.sample()
                 if live:
-                    live.update(screen(sample, title), refresh=True)
+                    live.update(screen(sample, title, "Ctrl-C drains and ends"), refresh=True)
                 elif sample.seconds - told >= STATUS_SECONDS:
                     told = sample.seconds
                     say(status_line(sample))

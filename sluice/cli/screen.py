@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sluice.cli.observer import MarketState, QueueState, Sample
+from sluice.presence import Presence
 
 
-def screen(sample: Sample, title: str) -> RenderableType:
-    """Draw everything: a line a market, a line a queue, and what was committed."""
+def screen(sample: Sample, title: str, hint: str = "") -> RenderableType:
+    """Draw everything: a line a market, a queue and a process, and what was committed."""
     markets = _table("market", "last", "change", "trades/s", "bid", "ask", "spread bps", "book")
     for state in sample.markets:
         markets.add_row(*_market_cells(state))
@@ -21,9 +22,15 @@ def screen(sample: Sample, title: str) -> RenderableType:
         queues.add_row(*_queue_cells(queue))
     foot = Text(
         f"{sample.committed:,} rows committed, {sample.rows_per_second:,.1f} rows/s"
-        f"   {_clock(sample.seconds)}   Ctrl-C drains and ends"
+        f"   {_clock(sample.seconds)}   {hint}"
     )
-    parts: list[RenderableType] = [Text(title, style="bold"), markets, Text(), queues, Text(), foot]
+    processes = _table("process", "pid", "up", "state")
+    for presence in sample.processes:
+        processes.add_row(*_process_cells(presence))
+    parts: list[RenderableType] = [Text(title, style="bold"), markets, Text(), queues, Text()]
+    if sample.processes:
+        parts += [processes, Text()]
+    parts.append(foot)
     if sample.problem:
         parts.append(Text(sample.problem, style="bold red"))
     return Group(*parts)
@@ -65,7 +72,7 @@ def summary(rows: Sequence[Mapping[str, Any]], depths: Mapping[str, int]) -> Ren
 def _table(*names: str) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     for number, name in enumerate(names):
-        is_text = number == 0 or name == "book"
+        is_text = number == 0 or name in {"book", "state"}
         table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     return table
 
@@ -90,6 +97,17 @@ def _market_cells(state: MarketState) -> tuple[RenderableType, ...]:
 def _queue_cells(state: QueueState) -> tuple[str, ...]:
     age = "" if state.age is None else f"{state.age:.1f} s"
     return (state.kind, f"{state.depth:,}", age, f"{state.dead:,}")
+
+
+def _process_cells(presence: Presence) -> tuple[RenderableType, ...]:
+    waits_for = "; ".join(presence.waits_for)
+    facts = ", ".join(f"{name} {fact}" for name, fact in presence.facts.items())
+    return (
+        presence.name,
+        str(presence.pid),
+        _clock(presence.told - presence.started),
+        Text(f"waits for {waits_for}", style="yellow") if waits_for else Text(facts),
+    )
 
 
 def _number(value: Decimal | None) -> str:
