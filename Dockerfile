@@ -11,6 +11,7 @@ COPY collector collector
 COPY flusher flusher
 COPY orderbook orderbook
 COPY sluice sluice
+COPY migrations migrations
 COPY deploy/systemd deploy/systemd
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
     # What only development needs stays behind.

@@ -2,6 +2,7 @@
 --
 -- Run it any number of times: `psql -v ON_ERROR_STOP=1 -f schema.sql`. It is one transaction, it
 -- changes nothing that is already there, and it takes no lock that a running writer holds.
+-- It refuses a database of an older version, which `sluice db upgrade` brings up by migrations/.
 --
 -- Conventions
 --   time         the exchange's clock, the time the row is about; received_at is ours
@@ -73,14 +74,17 @@ CREATE TABLE IF NOT EXISTS schema_version (
 );
 
 DO $$
+DECLARE
+    ours constant integer := 2;
+    theirs integer := (SELECT max(version) FROM schema_version);
 BEGIN
-    IF (SELECT max(version) FROM schema_version) > 1 THEN
-        RAISE EXCEPTION 'this schema.sql is version 1, the database is at version %',
-            (SELECT max(version) FROM schema_version);
+    IF theirs <> ours THEN
+        RAISE EXCEPTION 'this schema.sql is version %, the database is at version %', ours, theirs
+            USING HINT = CASE WHEN theirs < ours
+                THEN 'Run: sluice db upgrade' ELSE 'Install the release that made it.' END;
     END IF;
+    INSERT INTO schema_version (version) VALUES (ours) ON CONFLICT DO NOTHING;
 END $$;
-
-INSERT INTO schema_version (version) VALUES (1) ON CONFLICT DO NOTHING;
 
 -- Tables ---------------------------------------------------------------------------------------
 
@@ -197,6 +201,17 @@ CREATE TABLE IF NOT EXISTS book_audits (
     PRIMARY KEY (market_id, time)
 );
 
+-- Where trades came in so late that candles over them may be stored already: a row an hour of a
+-- batch, written by the flusher with the trades. `sluice maintain` makes those candles again and
+-- takes the row away.
+CREATE TABLE IF NOT EXISTS late_ranges (
+    late_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    from_time timestamptz NOT NULL,
+    to_time timestamptz NOT NULL,
+    market_ids integer [] NOT NULL,
+    CHECK (from_time <= to_time)
+);
+
 -- Hypertables ----------------------------------------------------------------------------------
 
 -- One index a table, the key: PostgreSQL reads it backwards just as well, and a second index
@@ -250,15 +265,24 @@ END $$;
 -- refresh_candles() has kept, of candles_kept. A row of trades may stand for several
 -- (first_id < trade_id). Where the edition has changed since, the other kind is replaced.
 --
--- CALL refresh_candles(from, to) brings the stored candles of these days up to date with late rows,
+-- CALL refresh_candles(from, to) brings the stored candles of this range up to date with late rows,
 -- as far as buckets are closed and trades have not been dropped. On Apache it also keeps the
--- candles of every day before: call it before trades are dropped, and drop whole kept days only.
+-- candles of every closed day up to `to`: call it before trades are dropped, and drop whole kept
+-- days only. With a third argument the Apache edition makes candles of these markets only, and
+-- keeps no further day.
+--
+-- `sluice maintain` calls it. What it relies on: a trade that is more than an hour old when it is
+-- committed stands in late_ranges (the flusher says so of every trade older than half an hour).
 DO $$
 DECLARE
     level record;
     is_community boolean := current_setting('timescaledb.license', true) = 'timescale';
     compressed bigint;
     oldest timestamptz;
+    drop_after interval := (
+        SELECT config ->> 'drop_after' FROM timescaledb_information.jobs
+        WHERE proc_name = 'policy_retention'
+            AND hypertable_schema = 'public' AND hypertable_name = 'trades');
     of_trades text := $query$
         SELECT market_id, time_bucket(INTERVAL '%1$s', time) AS time,
             first(price, trade_id) AS open, max(price) AS high,
@@ -368,13 +392,14 @@ BEGIN
                 CASE WHEN level.source IS NULL THEN of_trades ELSE of_candles END,
                 level.width, '', level.source)
             || ' WITH NO DATA';
-        -- Without a lower bound every late row is caught up with. Once raw rows are dropped a
-        -- bound below their age must be set: a refresh over dropped rows deletes their candles.
+        -- Without a lower bound every late row is caught up with. Where trades are dropped the
+        -- bound is below their age: a refresh over dropped rows deletes their candles.
         -- Newest first, which is usual since 2.21, hides what a first refresh has not come to yet.
         EXECUTE format(
-            'SELECT add_continuous_aggregate_policy(%L, start_offset => NULL,'
+            'SELECT add_continuous_aggregate_policy(%L, start_offset => %L::interval,'
             ' end_offset => %L::interval, schedule_interval => %L::interval %s)',
-            level.name, level.end_offset, level.schedule,
+            level.name, CASE WHEN level.source IS NULL THEN drop_after - INTERVAL '1 day' END,
+            level.end_offset, level.schedule,
             CASE WHEN EXISTS (
                 SELECT FROM pg_proc WHERE proname = 'add_continuous_aggregate_policy'
                     AND 'refresh_newest_first' = ANY (proargnames)
@@ -383,8 +408,9 @@ BEGIN
 
     IF is_community THEN
         EXECUTE format($definition$
-        CREATE OR REPLACE PROCEDURE refresh_candles(from_time timestamptz, to_time timestamptz)
-        LANGUAGE plpgsql AS $procedure$
+        CREATE OR REPLACE PROCEDURE refresh_candles(
+            from_time timestamptz, to_time timestamptz, of_markets integer [] DEFAULT NULL
+        ) LANGUAGE plpgsql AS $procedure$
         DECLARE
             level record;
             -- A refresh over dropped rows would delete their candles.
@@ -425,18 +451,33 @@ BEGIN
             ELSE '' END);
     ELSE
         EXECUTE $definition$
-        CREATE OR REPLACE PROCEDURE refresh_candles(from_time timestamptz, to_time timestamptz)
-        LANGUAGE plpgsql AS $procedure$
+        CREATE OR REPLACE PROCEDURE refresh_candles(
+            from_time timestamptz, to_time timestamptz, of_markets integer [] DEFAULT NULL
+        ) LANGUAGE plpgsql
+        -- So that the plan knows the range and the markets.
+        SET plan_cache_mode = force_custom_plan
+        AS $procedure$
         DECLARE
             kept_until timestamptz := (SELECT until FROM candles_kept_until FOR UPDATE);
-            first_day timestamptz := time_bucket(INTERVAL '1 day', least(from_time, kept_until));
-            last_day timestamptz := least(
-                time_bucket(INTERVAL '1 day', to_time) + INTERVAL '1 day',
-                time_bucket(INTERVAL '1 day', now() - INTERVAL '1 hour'));
+            keep_until timestamptz := CASE
+                WHEN of_markets IS NOT NULL THEN kept_until
+                ELSE greatest(kept_until, least(
+                    time_bucket(INTERVAL '1 day', to_time) + INTERVAL '1 day',
+                    time_bucket(INTERVAL '1 day', now() - INTERVAL '1 hour')))
+                END;
+            first_minute timestamptz := time_bucket(INTERVAL '1 minute', CASE
+                WHEN keep_until > kept_until THEN least(from_time, kept_until) ELSE from_time END);
+            end_minute timestamptz := CASE
+                WHEN keep_until > kept_until THEN keep_until
+                ELSE least(
+                    time_bucket(INTERVAL '1 minute', to_time) + INTERVAL '1 minute', kept_until)
+                END;
         BEGIN
             INSERT INTO candles_kept AS kept
         $definition$
-        || format(of_trades, '1 minute', 'WHERE time >= first_day AND time < last_day')
+        || format(of_trades, '1 minute',
+            'WHERE time >= first_minute AND time < end_minute'
+            ' AND (of_markets IS NULL OR market_id = ANY (of_markets))')
         || $definition$
             ON CONFLICT (market_id, time) DO UPDATE SET
                 open = excluded.open, high = excluded.high, low = excluded.low,
@@ -445,7 +486,7 @@ BEGIN
                 taker_buy_volume = excluded.taker_buy_volume
             -- Fewer trades than before: their rows have been dropped, and the candle is right.
             WHERE excluded.trade_count > kept.trade_count;
-            UPDATE candles_kept_until SET until = greatest(until, last_day);
+            UPDATE candles_kept_until SET until = keep_until WHERE until < keep_until;
         END $procedure$
         $definition$;
     END IF;
@@ -548,6 +589,7 @@ BEGIN
             ('schema_version', false, false), ('markets', true, false), ('trades', true, false),
             ('orderbook_snapshots', true, false), ('klines', true, false),
             ('tickers', true, false), ('gaps', true, true), ('book_audits', true, false),
+            ('late_ranges', true, false),
             ('candles_1m', false, false), ('candles_5m', false, false),
             ('candles_1h', false, false), ('candles_1d', false, false),
             ('book_tops', false, false), ('book_levels', false, false)

@@ -1,13 +1,18 @@
 """What the database must be like before rows are trusted to it."""
 
-from collections.abc import Iterator
 from typing import Final
 
 import asyncpg
 from loguru import logger
 
-SCHEMA_VERSION: Final = 1
-LEAST_TIMESCALEDB: Final = (2, 19, 0)
+from sluice.schema import (
+    LEAST_TIMESCALEDB,
+    SCHEMA_VERSION,
+    schema_version,
+    timescaledb_faults,
+    version_numbers,
+)
+
 _DURABLE: Final = ("fsync", "full_page_writes")  # synchronous_commit the flusher sets for itself
 
 
@@ -25,21 +30,27 @@ async def check(connection: asyncpg.Connection) -> None:
         "SELECT extversion FROM pg_extension WHERE extname = 'timescaledb'"
     )
     if version is None:
-        raise UnfitDatabaseError("TimescaleDB is not in this database: run schema.sql")
-    timescaledb = _numbers(version)
+        raise UnfitDatabaseError("TimescaleDB is not in this database: run `sluice db init`")
+    timescaledb = version_numbers(version)
     if timescaledb < LEAST_TIMESCALEDB:
         raise UnfitDatabaseError(f"TimescaleDB {version} is too old: 2.19 or later is needed")
     server = connection.get_server_version()
-    for fault in faults_of((server.major, server.minor), timescaledb):
+    for fault in timescaledb_faults(
+        timescaledb,
+        postgres=(server.major, server.micro),
+        is_community=await connection.fetchval(
+            "SELECT current_setting('timescaledb.license', true) = 'timescale'"
+        ),
+    ):
         logger.warning("TimescaleDB {}: {}", version, fault)
-    try:
-        schema = await connection.fetchval("SELECT max(version) FROM schema_version")
-    except asyncpg.UndefinedTableError:
-        schema = None
+    schema = await schema_version(connection)
+    if schema is None:
+        raise UnfitDatabaseError("the database has no schema: run `sluice db init`")
     if schema != SCHEMA_VERSION:
-        found = "missing" if schema is None else f"of version {schema}"
+        what = "run `sluice db upgrade`" if schema < SCHEMA_VERSION else "upgrade this flusher"
         raise UnfitDatabaseError(
-            f"the schema is {found}, this flusher writes version {SCHEMA_VERSION}: run schema.sql"
+            f"the schema is of version {schema}, this flusher writes version {SCHEMA_VERSION}: "
+            f"{what}"
         )
     for setting in _DURABLE:
         if await connection.fetchval("SELECT current_setting($1)", setting) == "off":
@@ -48,26 +59,3 @@ async def check(connection: asyncpg.Connection) -> None:
                 "stops",
                 setting,
             )
-
-
-def faults_of(postgres: tuple[int, int], timescaledb: tuple[int, ...]) -> Iterator[str]:
-    """Name what is known to be wrong with a pair of versions, and what mends it.
-
-    Source: TimescaleDB's CHANGELOG and release pages up to 2.32.
-    """
-    if (2, 26, 0) <= timescaledb < (2, 26, 3):
-        yield "overlapping refreshes may store rows of candles twice; 2.26.3 mends it"
-    first_minor = {16: 16, 17: 12, 18: 7}.get(postgres[0])
-    if first_minor is not None and postgres[1] >= first_minor:
-        mended = {(2, 27): 3, (2, 28): 4, (2, 31): 2, (2, 32): 1}
-        patch = mended.get((timescaledb[0], timescaledb[1]))
-        if timescaledb < (2, 33) and (patch is None or timescaledb[2] < patch):
-            yield (
-                f"its background jobs fail on PostgreSQL {postgres[0]}.{postgres[1]}; 2.27.3, "
-                "2.28.4, 2.31.2 and 2.32.1 mend it"
-            )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Read `2.19.3` or `2.20.0-dev`."""
-    return tuple(int(part) for part in version.partition("-")[0].split("."))

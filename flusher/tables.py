@@ -27,7 +27,9 @@ class Table:
     writers never wait for each other in a circle. `line` gives a record's line, with the market's
     id. `alphabet` is what lines are made of, but for the letters of `words`; without one
     the lines are escaped and need no look. `newest` names the column by which a later record
-    replaces an earlier one; without it the first one stays.
+    replaces an earlier one; without it the first one stays. Where candles are made of the table,
+    `late_after` is how old (an SQL interval) a row is that they may have been made without: where
+    such rows are is written to `late_ranges` with them.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Table:
     alphabet: bytes | None = _NUMBERS
     words: Sequence[bytes] = ()
     newest: str | None = None
+    late_after: str | None = None
 
     @property
     def staging(self) -> str:
@@ -71,9 +74,23 @@ class Table:
                 f"UPDATE SET {changes} WHERE EXCLUDED.{self.newest} > {self.name}.{self.newest}"
             )
         # Every name is a literal of this module.
-        return (
+        return self._note_late + (
             f"INSERT INTO {self.name} ({names}) SELECT {distinct} {values} "  # noqa: S608
             f"FROM {self.staging} ORDER BY {order} ON CONFLICT ({key}) DO {action}"
+        )
+
+    @property
+    def _note_late(self) -> str:
+        """SQL before the insert that names each hour of late rows; the insert counts alone."""
+        if self.late_after is None:
+            return ""
+        return (
+            "WITH late AS (INSERT INTO late_ranges (from_time, to_time, market_ids) "  # noqa: S608  # literals
+            "SELECT 'epoch'::timestamptz + min(time) * interval '1 microsecond', "
+            "'epoch'::timestamptz + max(time) * interval '1 microsecond', "
+            f"array_agg(DISTINCT market_id) FROM {self.staging} WHERE time < "
+            f"(SELECT (extract(epoch FROM now() - interval '{self.late_after}') * 1e6)::bigint) "
+            "GROUP BY time / 3600000000) "
         )
 
     def is_clean(self, data: bytes, rows: int) -> bool:
@@ -175,6 +192,7 @@ TABLES: Final[dict[str, Table]] = {
         ("market_id", "time", "trade_id"),
         _trade,
         words=(b"buy", b"sell"),
+        late_after="30 minutes",  # refresh_candles() stores what is an hour old
     ),
     "orderbook_snapshot": Table(
         "orderbook_snapshots",

@@ -1,38 +1,29 @@
 """`sluice db`: makes the database, says whether it can be trusted, keeps its candles."""
 
 from datetime import UTC, datetime, timedelta
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import asyncpg
 import typer
 
+from sluice import schema
 from sluice.cli.debian import Say
 from sluice.cli.output import EXIT_UNEXPLAINED, Json, run, show
 from sluice.connections import connect_postgres
+from sluice.schema import (
+    SCHEMA_VERSION,
+    SchemaError,
+    read_schema,
+    timescaledb_faults,
+    version_numbers,
+)
 from sluice.settings import Settings
-
-SCHEMA_VERSION: Final = 1
-"""The version of schema.sql that this release writes to."""
-
-LEAST_TIMESCALEDB: Final = (2, 19, 0)
-_JOBS_FAIL_ON: Final = {16: 16, 17: 12, 18: 7}
-_JOBS_WORK_SINCE: Final = {27: 3, 28: 4, 31: 2}
 
 app = typer.Typer(name="db", help="Make the database, check it, keep its candles.")
 
 
-def read_schema() -> str:
-    """Give the text of schema.sql: beside the packages, or inside them once installed."""
-    checkout = Path(__file__).resolve().parents[2] / "schema.sql"
-    if checkout.is_file():
-        return checkout.read_text(encoding="utf-8")
-    return resources.files("sluice").joinpath("schema.sql").read_text(encoding="utf-8")
-
-
 async def prepare(settings: Settings, say: Say) -> None:
-    """Make the database where it is missing, and apply the schema; raises what asyncpg raises."""
+    """Make the database where it is missing, and bring its schema up; raises as `upgrade` does."""
     try:
         connection = await connect_postgres(settings)
     except asyncpg.InvalidCatalogNameError:
@@ -48,7 +39,7 @@ async def prepare(settings: Settings, say: Say) -> None:
             await maintenance.close()
         connection = await connect_postgres(settings)
     try:
-        await connection.execute(read_schema())
+        await schema.upgrade(connection, say)
     finally:
         await connection.close()
 
@@ -65,6 +56,28 @@ def init() -> None:
             await connection.close()
 
     run(work)
+
+
+@app.command("upgrade")
+def upgrade() -> None:
+    """Bring the database to this release's schema, and say what was done; safe at any time.
+
+    Makes the schema where there is none. A newer database is refused with exit code 1.
+    """
+
+    async def work(settings: Settings) -> None:
+        connection = await connect_postgres(settings)
+        try:
+            await schema.upgrade(connection, typer.echo)
+        finally:
+            await connection.close()
+        typer.echo(f"the schema is at version {SCHEMA_VERSION}")
+
+    try:
+        run(work)
+    except SchemaError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(EXIT_UNEXPLAINED) from error
 
 
 @app.command("check")
@@ -128,17 +141,20 @@ async def findings(connection: asyncpg.Connection) -> list[dict[str, Any]]:
         "SELECT current_setting('timescaledb.license') = 'timescale'"
     )
     server = connection.get_server_version()
-    fault = timescaledb_fault(
-        _numbers(version),
-        is_community=is_community,
-        postgres=(server.major, server.micro),
+    faults = list(
+        timescaledb_faults(
+            version_numbers(version),
+            postgres=(server.major, server.micro),
+            is_community=is_community,
+        )
     )
-    note("timescaledb", version, fault or "2.19 or later", is_sound=fault is None)
-    if await connection.fetchval("SELECT to_regclass('public.schema_version') IS NULL"):
+    note("timescaledb", version, "; ".join(faults) or "2.19 or later", is_sound=not faults)
+    stamped = await schema.schema_version(connection)
+    if stamped is None:
         note("schema", None, f"{SCHEMA_VERSION}; run sluice db init", is_sound=False)
         return found
-    schema = await connection.fetchval("SELECT max(version) FROM schema_version")
-    note("schema", schema, str(SCHEMA_VERSION), is_sound=schema == SCHEMA_VERSION)
+    wanted = {True: "; run sluice db upgrade", False: ""}[stamped < SCHEMA_VERSION]
+    note("schema", stamped, f"{SCHEMA_VERSION}{wanted}", is_sound=stamped == SCHEMA_VERSION)
     aggregates = await connection.fetchval(
         "SELECT count(*) FROM timescaledb_information.continuous_aggregates"
         " WHERE view_name IN ('candles_1m', 'candles_5m', 'candles_1h', 'candles_1d')"
@@ -151,30 +167,3 @@ async def findings(connection: asyncpg.Connection) -> list[dict[str, Any]]:
         is_sound=aggregates == expected,
     )
     return found
-
-
-def timescaledb_fault(
-    version: tuple[int, ...], *, is_community: bool, postgres: tuple[int, int]
-) -> str | None:
-    """Say what is wrong with a version of TimescaleDB for this use, or None.
-
-    Known from its changelog: before 2.26.3 overlapping refreshes of continuous aggregates stored
-    rows twice, and on PostgreSQL 16.16, 17.12, 18.7 and later every background job fails before
-    2.27.3, 2.28.4, 2.31.2 and 2.32.1. Neither touches the Apache edition, which has no such jobs.
-    """
-    if version < LEAST_TIMESCALEDB:
-        return "2.19 or later: this one is too old"
-    if not is_community:
-        return None
-    if version < (2, 26, 3):
-        return "2.26.3 or later: refreshes may store candles twice"
-    major, minor = postgres
-    patch = _JOBS_WORK_SINCE.get(version[1])
-    do_jobs_work = version >= (2, 32, 1) or (patch is not None and version[2] >= patch)
-    if minor >= _JOBS_FAIL_ON.get(major, minor + 1) and not do_jobs_work:
-        return f"a patch that runs its jobs on PostgreSQL {major}.{minor}: 2.32.1 or later"
-    return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("-", maxsplit=1)[0].split("."))

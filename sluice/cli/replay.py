@@ -27,6 +27,7 @@ from sluice.exchanges import EXCHANGES
 from sluice.queue import RecordQueue
 from sluice.recording import BadRecordingError, Tape
 from sluice.records import KINDS
+from sluice.schema import SchemaError
 from sluice.settings import Settings, load_or_exit, parse_market
 
 DATABASE: Final = "sluice_replay"
@@ -102,7 +103,13 @@ def replay(
     work = _Replay(settings, tape, symbols, factor)
     try:
         rows, problem = asyncio.run(work.run())
-    except (OSError, RedisError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (
+        OSError,
+        RedisError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        SchemaError,
+    ) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         raise typer.Exit(EXIT_UNREACHABLE) from error
     except RefusedError as error:

@@ -28,6 +28,7 @@ from sluice.cli.observer import Observer, summarise
 from sluice.cli.output import EXIT_UNREACHABLE
 from sluice.cli.screen import screen, status_line, summary
 from sluice.cli.servers import free_port
+from sluice.schema import SchemaError
 from sluice.settings import EXIT_BAD_SETTINGS, Settings, load_or_exit
 from sluice.simulator import DEFAULT_SYMBOLS
 
@@ -156,7 +157,7 @@ class _Run:
         settings = self._settings
         try:
             await prepare(settings, say)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, SchemaError) as error:
             say(f"PostgreSQL: {type(error).__name__}: {error}")
             return EXIT_UNREACHABLE
         since = datetime.now(UTC)

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sluice.cli.database import app
-from tests.integration.test_schema import JOBS_OFF
+from tests.integration.conftest import JOBS_OFF
 from tests.servers import Database, execute
 
 

@@ -377,7 +377,7 @@ async def test_a_database_without_the_schema_is_refused_with_one_line_until_it_i
         await push(redis, [trade(1)])
         await eventually(lambda: waits_for(flusher, "version 99"))
         async with connected(postgres) as connection:
-            await connection.execute("UPDATE schema_version SET version = 1")
+            await connection.execute("UPDATE schema_version SET version = 2")
         await drained(redis, "trade")
     assert len([line for line in log if "version 99" in line]) == 1
     assert await stored_ids(postgres) == [1]

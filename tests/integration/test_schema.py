@@ -1,42 +1,29 @@
-"""schema.sql on a real server: idempotent, exact, strict, and the same on both editions.
-
-Every test runs on the suite's server and, where `SLUICE_COMMUNITY_DSN` names a server of
-TimescaleDB's Community edition (a superuser's address of any of its databases), on that one too.
-"""
+"""schema.sql on a real server: idempotent, exact, strict, and the same on both editions."""
 
 import asyncio
 import itertools
 import json
-import os
 import random
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import asyncpg
 import pytest
 
-from tests.conftest import Shared
-from tests.servers import SCHEMA, Database, execute, fresh_database, schema_template
+from tests.integration.conftest import Server
+from tests.servers import SCHEMA, execute
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = re.findall(
     r"```sql\n(.*?)```", (ROOT / "docs" / "sql.md").read_text(encoding="utf-8"), re.DOTALL
 )
-JOBS_OFF = """
-    DO $$ BEGIN
-        IF current_setting('timescaledb.license') = 'timescale' THEN
-            PERFORM alter_job(job_id, scheduled => false) FROM timescaledb_information.jobs;
-        END IF;
-    END $$
-"""
 WIDTHS = {
     "candles_1m": timedelta(minutes=1),
     "candles_5m": timedelta(minutes=5),
@@ -47,64 +34,6 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DAY = datetime(2026, 3, 1, tzinfo=UTC)
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where databases are made, and which of them has the schema to copy."""
-
-    administration: Database
-    template: str
-
-
-@pytest.fixture(scope="session")
-def community() -> Iterator[Server]:
-    """Give the server of the Community edition."""
-    parts = urlsplit(os.environ["SLUICE_COMMUNITY_DSN"])
-    administration = Database(
-        parts.hostname or "",
-        parts.port or 5432,
-        unquote(parts.username or ""),
-        unquote(parts.password or ""),
-        parts.path.removeprefix("/"),
-    )
-    with schema_template(administration) as template:
-        yield Server(administration, template)
-
-
-@pytest.fixture(
-    params=["suite", "community"] if "SLUICE_COMMUNITY_DSN" in os.environ else ["suite"]
-)
-def server(request: pytest.FixtureRequest) -> Server:
-    """Give the suite's server, then the one of the Community edition."""
-    if request.param == "suite":
-        shared: Shared = request.getfixturevalue("shared")
-        return Server(shared.administration, shared.template)
-    community: Server = request.getfixturevalue("community")
-    return community
-
-
-@pytest.fixture
-def blank(server: Server) -> Iterator[str]:
-    """Give the address of a database with nothing in it."""
-    with fresh_database(server.administration) as database:
-        yield database.dsn
-
-
-@pytest.fixture
-def dsn(server: Server) -> Iterator[str]:
-    """Give the address of a database with the schema, and with its background jobs off."""
-    with fresh_database(server.administration, template=server.template) as database:
-        execute(database, JOBS_OFF)
-        yield database.dsn
-
-
-@pytest.fixture
-async def database(dsn: str) -> AsyncIterator[asyncpg.Connection]:
-    """Give a superuser's connection to that database."""
-    connection = await asyncpg.connect(dsn)
-    yield connection
-    await connection.close()
 
 
 async def _apply(dsn: str) -> None:
@@ -175,7 +104,7 @@ async def test_runs_at_once_wait_for_each_other(blank: str) -> None:
 
     connection = await asyncpg.connect(blank)
     try:
-        assert await connection.fetchval("SELECT version FROM schema_version") == 1
+        assert await connection.fetchval("SELECT version FROM schema_version") == 2
     finally:
         await connection.close()
 
@@ -186,6 +115,7 @@ async def test_a_run_does_not_wait_for_a_writer(dsn: str, database: asyncpg.Conn
         async with writer.transaction():
             for table, row in GOOD.items():
                 await _insert(writer, table, [row])
+            await writer.execute(MARK_LATE)
             await database.execute("SET lock_timeout = '10s'")
 
             await database.execute(SCHEMA)
@@ -467,6 +397,7 @@ GOOD: dict[str, Row] = {
         "detail": {},
     },
 }
+MARK_LATE = "INSERT INTO late_ranges (from_time, to_time, market_ids) VALUES (now(), now(), '{1}')"
 NO_PRICE = ("NaN", "Infinity", "-Infinity", "-1", "0", None)
 NO_AMOUNT = ("NaN", "Infinity", "-Infinity", "-1", None)
 BAD: list[tuple[str, Row]] = [
@@ -649,7 +580,10 @@ async def test_every_documented_query_runs(database: asyncpg.Connection) -> None
 # Rights ----------------------------------------------------------------------------------------
 
 FILLED = ("trades", "orderbook_snapshots", "klines", "tickers", "gaps", "book_audits")
-READABLE = ("schema_version", "markets", *FILLED, *WIDTHS, "book_tops", "book_levels")
+READABLE = (
+    *("schema_version", "markets", *FILLED, "late_ranges"),
+    *(*WIDTHS, "book_tops", "book_levels"),
+)
 ALLOWED = {
     "sluice_flusher": [
         *(f"SELECT FROM {name} LIMIT 0" for name in READABLE),
@@ -657,6 +591,7 @@ ALLOWED = {
         "INSERT INTO markets (exchange, symbol, id_kind) VALUES ('x', 'y', 'raw')",
         "CREATE TEMPORARY TABLE batch (LIKE trades) ON COMMIT DROP",
         "UPDATE gaps SET revision = revision + 1",
+        MARK_LATE,
     ],
     "sluice_reader": [
         *(f"SELECT FROM {name} LIMIT 0" for name in READABLE),
@@ -664,6 +599,10 @@ ALLOWED = {
     ],
 }
 CHANGES = ("UPDATE {} SET market_id = DEFAULT", "DELETE FROM {}", "TRUNCATE {}", "DROP TABLE {}")
+UNMARK_LATE = (
+    "UPDATE late_ranges SET to_time = now()",
+    *(change.format("late_ranges") for change in CHANGES[1:]),
+)
 REFUSED = {
     "sluice_flusher": [
         *(
@@ -671,7 +610,8 @@ REFUSED = {
             for change, name in itertools.product(CHANGES, ("markets", *FILLED))
             if not (change.startswith("UPDATE") and name == "gaps")
         ),
-        "INSERT INTO schema_version (version) VALUES (2)",
+        *UNMARK_LATE,
+        "INSERT INTO schema_version (version) VALUES (3)",
         "ALTER TABLE trades ADD COLUMN x integer",
         "SELECT drop_chunks('trades', now())",
         "CALL refresh_candles('-infinity', 'infinity')",
@@ -683,6 +623,7 @@ REFUSED = {
     "sluice_reader": [
         *(change.format(name) for change, name in itertools.product(CHANGES, ("markets", *FILLED))),
         *(f"INSERT INTO {name} SELECT * FROM {name}" for name in FILLED),
+        *(MARK_LATE, *UNMARK_LATE),
         "INSERT INTO markets (exchange, symbol, id_kind) VALUES ('x', 'y', 'raw')",
         "SELECT drop_chunks('trades', now())",
         "CALL refresh_candles('-infinity', 'infinity')",

@@ -34,15 +34,24 @@ def test_redis_keeps_what_it_was_given() -> None:
     assert re.fullmatch(r"\d+mb", options["--maxmemory"])
 
 
-@pytest.mark.parametrize("name", ["timescaledb", "schema"])
-def test_timescaledb_is_pinned_to_a_version_whose_jobs_run(name: str) -> None:
-    image = re.fullmatch(r"timescale/timescaledb:(\d+)\.(\d+)\.(\d+)-pg17", SERVICES[name]["image"])
+def test_timescaledb_is_pinned_to_a_version_whose_jobs_run() -> None:
+    image = re.fullmatch(
+        r"timescale/timescaledb:(\d+)\.(\d+)\.(\d+)-pg17", SERVICES["timescaledb"]["image"]
+    )
 
     assert image
     major, minor, patch = map(int, image.groups())
     first_sound = {(2, 27): 3, (2, 28): 4, (2, 31): 2, (2, 32): 1}
     least = 0 if (major, minor) > (2, 32) else 10**6
     assert patch >= first_sound.get((major, minor), least)
+
+
+def test_the_schema_is_brought_up_once_before_anything_is_written() -> None:
+    assert SERVICES["schema"]["command"] == ["sluice", "db", "upgrade"]
+    assert SERVICES["schema"]["restart"] == "no"
+    assert SERVICES["flusher"]["depends_on"]["schema"] == {
+        "condition": "service_completed_successfully"
+    }
 
 
 def test_every_image_from_elsewhere_is_pinned() -> None:
@@ -115,4 +124,6 @@ def test_the_image_gets_every_package_and_pinned_requirements() -> None:
     assert copied >= {*OURS, "sluice"}
     assert "--require-hashes" in DOCKERFILE
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    assert {f"!{name}" for name in (*OURS, "sluice", "schema.sql", "README.md")} <= set(ignored)
+    assert {
+        f"!{name}" for name in (*OURS, "sluice", "schema.sql", "migrations", "README.md")
+    } <= set(ignored)

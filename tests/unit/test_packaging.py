@@ -13,11 +13,11 @@ PACKAGES = ("collector", "flusher", "orderbook", "sluice")
 NEEDS_NO_CHECKOUT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from sluice.cli.database import read_schema
+from sluice.schema import read_migrations, read_schema
 from sluice.cli.install import render
 import sluice
 print(sluice.__file__)
-print(len(read_schema()), *render(sys.prefix, "feeds"))
+print(len(read_schema()), len(read_migrations()), *render(sys.prefix, "feeds"))
 """
 
 
@@ -50,6 +50,11 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
 def test_the_wheel_holds_the_schema_the_units_and_the_command(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         assert archive.read("sluice/schema.sql") == (ROOT / "schema.sql").read_bytes()
+        migrations = {
+            name.removeprefix("sluice/migrations/"): archive.read(name)
+            for name in archive.namelist()
+            if name.startswith("sluice/migrations/")
+        }
         units = {
             name.removeprefix("sluice/systemd/"): archive.read(name)
             for name in archive.namelist()
@@ -57,6 +62,7 @@ def test_the_wheel_holds_the_schema_the_units_and_the_command(wheel: Path) -> No
         }
         (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert b"sluice = sluice.cli:main" in archive.read(points)
+    assert migrations == {file.name: file.read_bytes() for file in (ROOT / "migrations").iterdir()}
     assert units == {unit.name: unit.read_bytes() for unit in (ROOT / "deploy/systemd").iterdir()}
     assert len(units) > 1
 
@@ -75,6 +81,7 @@ def test_an_installed_command_finds_its_schema_and_its_units(wheel: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     where, found = done.stdout.splitlines()
     assert where == str(tmp_path / "sluice" / "__init__.py")
-    length, *units = found.split()
+    length, migrations, *units = found.split()
     assert int(length) == len((ROOT / "schema.sql").read_text(encoding="utf-8"))
+    assert int(migrations) == len(list((ROOT / "migrations").iterdir()))
     assert "sluice-flusher@.service" in units
