@@ -28,7 +28,7 @@ def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str) -> Non
         sys.stdout.write(msgspec.json.encode([dict(row) for row in rows], enc_hook=str).decode())
         sys.stdout.write("\n")
         return
-    console = Console()
+    console = stdout_console()
     if not rows:
         console.print(empty)
         return
@@ -37,6 +37,11 @@ def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str) -> Non
         # Text, not markup: a reason or a name may hold brackets and colons.
         table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))
     console.print(table)
+
+
+def stdout_console() -> Console:
+    """Give what a command prints on: a pipe or a file is no narrow screen, nothing is cut there."""
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def run(work: Callable[[Settings], Awaitable[T]]) -> T:

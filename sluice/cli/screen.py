@@ -14,7 +14,7 @@ from sluice.presence import Presence
 
 def screen(sample: Sample, title: str, hint: str = "") -> RenderableType:
     """Draw everything: a line a market, a queue and a process, and what was committed."""
-    markets = _table("market", "last", "change", "trades/s", "bid", "ask", "spread bps", "book")
+    markets = _table("market", "last", "change", "trades/s", "bid", "ask", "bps", "book")
     for state in sample.markets:
         markets.add_row(*_market_cells(state))
     queues = _table("queue", "depth", "oldest", "dead")

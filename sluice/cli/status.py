@@ -5,12 +5,12 @@ from typing import Annotated, Any, Final
 
 import msgspec
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from sluice.cli.observer import Observer, Sample
-from sluice.cli.output import EXIT_UNREACHABLE, Json, run
+from sluice.cli.output import EXIT_UNREACHABLE, Json, run, stdout_console
 from sluice.cli.screen import screen
 from sluice.connections import connect_postgres
 from sluice.settings import Market, Settings
@@ -48,7 +48,7 @@ def status(
                         sample = await observer.sample()
                         live.update(_draw(sample, await _gaps(settings)), refresh=True)
             else:
-                Console().print(_draw(sample, await _gaps(settings)))
+                stdout_console().print(_draw(sample, await _gaps(settings)))
             return sample.problem
         finally:
             await observer.close()
