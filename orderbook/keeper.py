@@ -9,11 +9,11 @@ from typing import Final, NamedTuple, Protocol, Self
 
 from loguru import logger
 
-from orderbook.coverage import Return
 from orderbook.grid import SnapshotGrid
 from orderbook.latest import LatestBook
 from orderbook.synchronizer import BookSynchronizer, Continuity, Outcome, State
 from sluice.budget import Priority
+from sluice.coverage import Return
 from sluice.exchanges.base import Depth, DepthImage
 from sluice.publisher import Publisher
 from sluice.records import BookAudit, OrderbookSnapshot

@@ -13,18 +13,16 @@ from functools import partial
 
 from loguru import logger
 
-from orderbook.coverage import CHANNEL, Return, missed_window
 from orderbook.grid import IDLE_US
 from orderbook.keeper import MICROS_PER_MS, BookKeeper, Outlets
 from sluice.budget import Priority
 from sluice.connections import connect_redis
+from sluice.coverage import DEPTH, Return, gap_of, missed_window
 from sluice.exchanges.base import BadFrameError, Depth, DepthImage
 from sluice.fitness import redis_is_fit, spool_is_fit
 from sluice.lifecycle import Process, run_service
 from sluice.publisher import Publisher
-from sluice.queue import head_field
 from sluice.recording import BadRecordingError, Line
-from sluice.records import Gap
 from sluice.replay import Replay, emptied, parse_arguments
 from sluice.settings import Market, Settings
 
@@ -53,25 +51,7 @@ class _Windows:
         window = missed_window(back, None)
         if window is None:
             return
-        stream = head_field(back.market.exchange, back.market.symbol, CHANNEL)
-        self.publisher.put(
-            Gap(
-                exchange=back.market.exchange,
-                symbol=back.market.symbol,
-                gap_id=f"{stream}:{window[0]}",
-                channel=CHANNEL,
-                from_id=None,
-                to_id=None,
-                ts_from=window[0],
-                ts_to=window[1],
-                cause=back.cause,
-                status="lost",
-                tries=0,
-                revision=0,
-                ts_opened=self.now,
-                ts_closed=self.now,
-            )
-        )
+        self.publisher.put(gap_of(back, DEPTH, window, "lost", self.now))
 
 
 @dataclass

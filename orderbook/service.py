@@ -12,12 +12,12 @@ from typing import Final
 from loguru import logger
 from prometheus_client.core import Metric
 
-from orderbook.coverage import Coverage
 from orderbook.images import ImageQueue
 from orderbook.keeper import BookKeeper, Outlets
 from orderbook.latest import RENEWAL_SECONDS, LatestBooks
 from sluice.budget import Budget
 from sluice.connections import connect_redis
+from sluice.coverage import Coverage
 from sluice.exchanges import EXCHANGES, Exchange
 from sluice.exchanges.base import BadFrameError, Depth, DepthImage, Reply, ServerShutdown
 from sluice.fitness import redis_is_fit, spool_is_fit
@@ -242,7 +242,7 @@ async def run(process: Process) -> None:
         latest = LatestBooks(
             redis, lambda market: keepers[market].latest(), is_published=settings.publish_live
         )
-        coverage = Coverage(redis, publisher.put)
+        coverage = Coverage(redis)
         books = Books(process, publisher, latest, coverage, keepers)
         process.statistics.append(books.statistics)
         process.metrics.append(books.metrics)

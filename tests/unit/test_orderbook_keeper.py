@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from orderbook.coverage import Coverage, Return
 from orderbook.images import ImageQueue
 from orderbook.keeper import BookKeeper, Outlets
 from orderbook.latest import LatestBooks
 from sluice.budget import Budget, Priority
+from sluice.coverage import Coverage, Return
 from sluice.exchanges import EXCHANGES
 from sluice.exchanges.base import Depth, DepthImage
 from sluice.publisher import Publisher
@@ -79,7 +79,7 @@ class Rig:
         self.images.wanted = []
         self.latest = NotedLatest(redis, lambda _: self.keeper.latest(), is_published=False)
         self.latest.lost_syncs = []
-        self.coverage = NotedCoverage(redis, self.publisher.put)
+        self.coverage = NotedCoverage(redis)
         self.coverage.returns = []
         outlets = Outlets(self.publisher, self.latest, self.coverage, self.images)
         self.keeper = BookKeeper(MARKET, "contiguous", settings, outlets)

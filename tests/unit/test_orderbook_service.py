@@ -4,9 +4,9 @@ import asyncio
 
 from redis.asyncio import Redis
 
-from orderbook.coverage import Coverage
 from orderbook.latest import LatestBooks
 from orderbook.service import Books, image_limit, in_shard, resident_bytes
+from sluice.coverage import Coverage
 from sluice.exchanges import EXCHANGES
 from sluice.lifecycle import Process
 from sluice.publisher import Publisher
@@ -56,7 +56,7 @@ async def test_the_orderbook_tells_what_waits_on_its_disk() -> None:
         publisher = Publisher(redis, Settings())
         latest = LatestBooks(redis, lambda _: None, is_published=False)
         process = Process("orderbook", Settings(), asyncio.Event())
-        books = Books(process, publisher, latest, Coverage(redis, publisher.put), {})
+        books = Books(process, publisher, latest, Coverage(redis), {})
         names = {metric.name for metric in books.metrics()}
     assert {
         "sluice_publisher_failures",

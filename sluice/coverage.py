@@ -1,4 +1,4 @@
-"""Until when each market's depth is covered, by whichever process, and the windows that are not.
+"""Until when a stream without ids is covered, by whichever process, and the windows that are not.
 
 The state belongs to the market and stands in Redis, so a restart, and a process that died, leave a
 window behind just as a broken sequence does; and while another process covers a market there is
@@ -7,24 +7,25 @@ none. Times are the exchange's, microseconds.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from sluice import records
 from sluice.clock import now_micros
-from sluice.queue import BOOKS_COVERED, head_field
+from sluice.queue import BOOKS_COVERED, WINDOWS, RecordQueue, head_field
 from sluice.records import Gap
 from sluice.settings import Market
 
 RENEWAL_SECONDS: Final = 1.0
 SETTLE_SECONDS: Final = 2.5
 """How long another process has to show that it covered a market: two renewals and some."""
-CHANNEL: Final = "depth"
+DEPTH: Final = "depth"
 
 # Time only moves on: of two processes the one that is further counts.
 _COVER: Final = """#!lua flags=allow-oom
@@ -38,7 +39,7 @@ return 0
 
 @dataclass(frozen=True, slots=True)
 class Return:
-    """A book is live again from `ts_live` on; `ts_lost` is when it was last, None at a start."""
+    """A stream is there again from `ts_live` on; `ts_lost` is when it was last, None at a start."""
 
     market: Market
     ts_live: int
@@ -53,23 +54,37 @@ def missed_window(back: Return, covered: int | None) -> tuple[int, int] | None:
 
 
 class Coverage:
-    """Notes how far the books of this process got, and publishes what was missed between."""
+    """Notes how far this process got with one stream of its markets, and names what was missed.
 
-    def __init__(self, redis: Redis, publish: Callable[[Gap], None]) -> None:
+    A window is named in the queue of gaps before the note moves past it: who dies in between names
+    it again. With status `open` it is also kept in the hash WINDOWS, for whoever refills it.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        channel: str = DEPTH,
+        *,
+        status: Literal["open", "lost"] = "lost",
+        notes_key: str = BOOKS_COVERED,
+    ) -> None:
         self._redis = redis
-        self._publish = publish
+        self._channel = channel
+        self._status: Literal["open", "lost"] = status
+        self._notes_key = notes_key
         self._cover = redis.register_script(_COVER)
+        self._gap_queue = RecordQueue(redis, "gap")
         self._until: dict[Market, int] = {}
         self._returns: list[tuple[float, Return]] = []
         self._closing = asyncio.Event()
         self.windows = 0
 
     def covers(self, market: Market, ts_event: int) -> None:
-        """Note that a book is live and holds everything up to an event."""
+        """Note that everything up to an event is held."""
         self._until[market] = ts_event
 
     def returned(self, back: Return) -> None:
-        """Note that a book is live again; whether anything was missed is judged a little later."""
+        """Note a return; whether anything was missed is judged a little later."""
         self._returns.append((time.monotonic() + SETTLE_SECONDS, back))
 
     def close(self) -> None:
@@ -86,12 +101,12 @@ class Coverage:
             try:
                 await self.flush(is_final=is_final)
             except (RedisError, OSError) as error:
-                logger.debug("coverage of books: not noted: {}", error)
+                logger.debug("coverage of {}: not noted: {}", self._channel, error)
             if is_final:
                 return
 
     async def flush(self, *, is_final: bool = False) -> None:
-        """Publish the windows missed, then move the notes on; raises redis' errors.
+        """Name the windows missed, then move the notes on; raises redis' errors.
 
         At the end, `is_final`, nothing is left to be judged later.
         """
@@ -104,41 +119,58 @@ class Coverage:
         waiting = {back.market for _, back in self._returns}
         ready = {market: ts for market, ts in self._until.items() if market not in waiting}
         if ready:
-            pairs = [item for market, ts in ready.items() for item in (_field(market), ts)]
-            await self._cover(keys=[BOOKS_COVERED], args=pairs)
+            pairs = [item for market, ts in ready.items() for item in (self._field(market), ts)]
+            await self._cover(keys=[self._notes_key], args=pairs)
             for market, ts in ready.items():
                 if self._until[market] == ts:
                     del self._until[market]
 
     async def _judge(self, returns: list[Return]) -> None:
-        fields = [_field(back.market) for back in returns]
-        notes = await self._redis.hmget(BOOKS_COVERED, fields)
+        notes = await self._redis.hmget(
+            self._notes_key, [self._field(back.market) for back in returns]
+        )
+        gaps = {}
         for back, note in zip(returns, notes, strict=True):
             window = missed_window(back, None if note is None else int(note))
             if window is not None:
-                self.windows += 1
-                self._publish(_gap(back, *window))
+                gap = gap_of(back, self._channel, window, self._status, now_micros())
+                gaps[gap.gap_id] = records.encode(gap)
+        if gaps:
+            await self._name(gaps)
+            self.windows += len(gaps)
+
+    async def _name(self, gaps: Mapping[str, bytes]) -> None:
+        if self._status == "open":
+            await self._redis.hset(WINDOWS, items=[part for pair in gaps.items() for part in pair])
+        await self._gap_queue.push(list(gaps.values()))
+
+    def _field(self, market: Market) -> str:
+        return head_field(market.exchange, market.symbol, self._channel)
 
 
-def _field(market: Market) -> str:
-    return head_field(market.exchange, market.symbol, CHANNEL)
-
-
-def _gap(back: Return, start: int, end: int) -> Gap:
-    now = now_micros()
+def gap_of(
+    back: Return,
+    channel: str,
+    window: tuple[int, int],
+    status: Literal["open", "lost"],
+    now: int,
+) -> Gap:
+    """Name a window; `now` is when it was found."""
+    start, end = window
+    stream = head_field(back.market.exchange, back.market.symbol, channel)
     return Gap(
         exchange=back.market.exchange,
         symbol=back.market.symbol,
-        gap_id=f"{_field(back.market)}:{start}",
-        channel=CHANNEL,
+        gap_id=f"{stream}:{start}",
+        channel=channel,
         from_id=None,
         to_id=None,
         ts_from=start,
         ts_to=end,
         cause=back.cause,
-        status="lost",
+        status=status,
         tries=0,
-        revision=0,
+        revision=0 if status == "lost" else now,
         ts_opened=now,
-        ts_closed=now,
+        ts_closed=None if status == "open" else now,
     )

@@ -1,11 +1,12 @@
-"""The windows of depth that no process covered."""
+"""The windows of a stream that no process covered."""
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from orderbook import coverage
-from orderbook.coverage import Coverage, Return, missed_window
-from sluice.queue import BOOKS_COVERED
+from sluice import coverage, records
+from sluice.coverage import Coverage, Return, missed_window
+from sluice.queue import BOOKS_COVERED, STREAMS_COVERED, WINDOWS, RecordQueue
 from sluice.records import Gap
 from sluice.settings import Market
 
@@ -35,15 +36,19 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Books:
-    """One process's notes and the gaps it published."""
+    """One process's notes, and the gaps that it and others named."""
 
     def __init__(self, redis: Redis) -> None:
-        self.gaps: list[Gap] = []
-        self.coverage = Coverage(redis, self.gaps.append)
+        self.coverage = Coverage(redis)
+        self._queue = RecordQueue(redis, "gap")
 
-    @property
-    def windows(self) -> list[tuple[int | None, int | None]]:
-        return [(gap.ts_from, gap.ts_to) for gap in self.gaps]
+    async def gaps(self) -> list[Gap]:
+        claim = await self._queue.claim(100, 10**6)
+        found = [records.decode("gap", item) for item in claim.items]
+        return [gap for gap in found if isinstance(gap, Gap)]
+
+    async def windows(self) -> list[tuple[int | None, int | None]]:
+        return [(gap.ts_from, gap.ts_to) for gap in await self.gaps()]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -53,8 +58,8 @@ async def test_a_break_leaves_a_window(redis: Redis) -> None:
     books.coverage.returned(Return(MARKET, 80, 50, "sequence broke"))
     books.coverage.covers(MARKET, 90)
     await books.coverage.flush()
-    assert books.windows == [(50, 80)]
-    gap = books.gaps[0]
+    assert await books.windows() == [(50, 80)]
+    (gap,) = await books.gaps()
     assert (gap.channel, gap.status, gap.cause) == ("depth", "lost", "sequence broke")
     assert gap.ts_closed is not None
 
@@ -65,11 +70,12 @@ async def test_a_restart_leaves_a_window(redis: Redis) -> None:
     before.coverage.returned(Return(MARKET, 10, None, "start"))
     before.coverage.covers(MARKET, 50)
     await before.coverage.flush()
+    assert await before.windows() == []
     after = Books(redis)
     after.coverage.returned(Return(MARKET, 80, None, "start"))
     after.coverage.covers(MARKET, 85)
     await after.coverage.flush()
-    assert (before.windows, after.windows) == ([], [(50, 80)])
+    assert await after.windows() == [(50, 80)]
 
 
 async def test_what_another_process_covers_is_no_window(redis: Redis) -> None:
@@ -82,16 +88,16 @@ async def test_what_another_process_covers_is_no_window(redis: Redis) -> None:
     other.coverage.covers(MARKET, 90)
     await other.coverage.flush()
     await one.coverage.flush(is_final=True)
-    assert one.windows == []
+    assert await one.windows() == []
 
 
 async def test_at_the_end_nothing_is_left_to_be_judged(redis: Redis) -> None:
     books = Books(redis)
     books.coverage.returned(Return(MARKET, 80, 50, "sequence broke"))
     await books.coverage.flush()
-    assert books.windows == []
+    assert await books.windows() == []
     await books.coverage.flush(is_final=True)
-    assert books.windows == [(50, 80)]
+    assert await books.windows() == [(50, 80)]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -102,3 +108,16 @@ async def test_notes_only_move_on(redis: Redis) -> None:
     behind.coverage.covers(MARKET, 70)
     await behind.coverage.flush()
     assert await redis.hvals(BOOKS_COVERED) == [b"90"]
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_window_that_can_be_refilled_is_kept_for_whoever_does(redis: Redis) -> None:
+    candles = Coverage(redis, "kline_1m", status="open", notes_key=STREAMS_COVERED)
+    candles.returned(Return(MARKET, 80, 50, "not received"))
+    candles.covers(MARKET, 85)
+    await candles.flush()
+    kept = await redis.hgetall(WINDOWS)
+    assert list(kept) == [b"simulator:BTCUSDT:kline_1m:50"]
+    gap = msgspec.json.decode(kept[b"simulator:BTCUSDT:kline_1m:50"], type=Gap)
+    assert (gap.channel, gap.status, gap.ts_closed) == ("kline_1m", "open", None)
+    assert await redis.hgetall(STREAMS_COVERED) == {b"simulator:BTCUSDT:kline_1m": b"85"}
