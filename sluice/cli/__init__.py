@@ -9,6 +9,7 @@ from sluice.cli.doctor import doctor
 from sluice.cli.gaps import gaps
 from sluice.cli.install import install
 from sluice.cli.markets import book, markets, top
+from sluice.cli.record import record
 from sluice.cli.replay import replay
 from sluice.cli.run import run, stop
 from sluice.cli.status import status
@@ -23,7 +24,7 @@ for command in (
     *(run, stop, status, doctor),
     *(markets, top, book),
     *(gaps, audit, backfill),
-    replay,
+    *(record, replay),
     install,
 ):
     app.command()(command)
