@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn, get_args, get_origin
 
@@ -26,6 +27,11 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sluice.exchanges import EXCHANGES
+
+HYPERTABLES: Final = ("trades", "orderbook_snapshots", "klines", "tickers")
+"""The tables that are kept in chunks of time."""
+LEAST_TRADE_DAYS: Final = 2
+"""For how long trades must be kept, so that their candles are made before they are dropped."""
 
 ENV_FILE: Final = ".env"
 EXIT_BAD_SETTINGS: Final = 2
@@ -69,6 +75,38 @@ def _split(value: object) -> object:
 
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 _is_proxy_url = re.compile(r"(?:https?|socks[45])://(?:[^/\s@]+@)?[^/\s@]+:\d+/?").fullmatch
+_is_period = re.compile(r"([1-9]\d{0,4})([hd])").fullmatch
+
+
+def _by_table(value: object) -> object:
+    """Read `12` for every table, or `trades=12,klines=30`, or both, the named ones first."""
+    if not isinstance(value, str):
+        return value
+    named: dict[str, str] = {}
+    for part in filter(None, map(str.strip, value.split(","))):
+        table, equals, text = (word.strip() for word in part.partition("="))
+        if not equals:
+            named = dict.fromkeys(HYPERTABLES, table) | named
+        elif table in HYPERTABLES:
+            named[table] = text
+        else:
+            raise ValueError(f"there is no table {table!r}; there are {', '.join(HYPERTABLES)}")
+    return named
+
+
+def _period(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if not (found := _is_period(value)):
+        raise ValueError(f"{value!r} is no period such as 6h or 1d")
+    number, unit = found.groups()
+    return timedelta(hours=int(number) * (24 if unit == "d" else 1))
+
+
+Period = Annotated[timedelta, BeforeValidator(_period)]
+PeriodByTable = Annotated[dict[str, Period], NoDecode, BeforeValidator(_by_table)]
+Days = Annotated[int, Field(ge=1, le=36_500)]
+DaysByTable = Annotated[dict[str, Days], NoDecode, BeforeValidator(_by_table)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -131,6 +169,10 @@ class Settings(BaseSettings):
     flush_interval_ms: Annotated[int, Field(ge=1, le=600_000)] = 1000
     dead_max: Annotated[int, Field(ge=0)] = 10_000
 
+    chunk_interval: PeriodByTable = {}
+    columnstore_after_days: Days = 7
+    retention_days: DaysByTable = {}
+
     snapshot_depth: Annotated[int, Field(ge=1, le=5000)] = 20
     snapshot_interval_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 1000
     publish_depth: Annotated[int, Field(ge=1, le=400)] = 20
@@ -168,6 +210,16 @@ class Settings(BaseSettings):
     def _are_any(cls, value: list[str]) -> list[str]:
         if not value:
             raise ValueError("name at least one stream")
+        return value
+
+    @field_validator("retention_days")
+    @classmethod
+    def _are_candles_made_first(cls, value: dict[str, int]) -> dict[str, int]:
+        if value.get("trades", LEAST_TRADE_DAYS) < LEAST_TRADE_DAYS:
+            raise ValueError(
+                f"trades must be kept for {LEAST_TRADE_DAYS} days or more: candles are brought up "
+                "to date until a day before their trades are dropped"
+            )
         return value
 
     @field_validator("proxy_url")
@@ -216,7 +268,8 @@ def load(*, needs_symbols: bool = False) -> Settings:
     except UnicodeDecodeError as error:
         raise BadSettingsError(f"{ENV_FILE}: it is not UTF-8 text ({error})") from None
     except ValidationError as error:
-        raise BadSettingsError("\n".join(_explain(error))) from None
+        # What every table is given is wrong once, not once a table.
+        raise BadSettingsError("\n".join(dict.fromkeys(_explain(error)))) from None
     if needs_symbols and not settings.symbols:
         raise BadSettingsError(
             "SYMBOLS is not set: name the markets to record, for example "
@@ -263,7 +316,9 @@ def accepted(name: str) -> str:
         for key, word in (("ge", "from"), ("gt", "above"), ("le", "to"))
         if getattr(rule, key, None) is not None
     ]
-    default = "" if field.default in (None, [], "") else f"; the default is {_text(field.default)}"
+    default = (
+        "" if field.default in (None, [], {}, "") else f"; the default is {_text(field.default)}"
+    )
     return f" (accepted: {' '.join([_type_name(annotation), *bounds])}{default})"
 
 
@@ -284,6 +339,9 @@ def _type_name(annotation: Any) -> str:  # noqa: ANN401  # a type expression
     }
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(get_args(annotation))
+    if get_origin(annotation) is dict:
+        value, example = ("a period", "6h") if "timedelta" in str(annotation) else ("days", "30")
+        return f"{value} for every table, or such as trades={example},klines={example}"
     return names.get(annotation, "a text")
 
 

@@ -8,6 +8,7 @@ from sluice.cli.backfill import backfill
 from sluice.cli.doctor import doctor
 from sluice.cli.gaps import gaps
 from sluice.cli.install import install
+from sluice.cli.maintain import maintain
 from sluice.cli.markets import book, markets, top
 from sluice.cli.record import record
 from sluice.cli.replay import replay
@@ -25,7 +26,7 @@ for command in (
     *(markets, top, book),
     *(gaps, audit, backfill),
     *(record, replay),
-    install,
+    *(install, maintain),
 ):
     app.command()(command)
 app.add_typer(database.app, name="db")

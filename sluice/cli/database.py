@@ -1,7 +1,7 @@
 """`sluice db`: makes the database, says whether it can be trusted, keeps its candles."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import asyncpg
 import typer
@@ -104,9 +104,9 @@ def candles(
         typer.Option(formats=["%Y-%m-%d"], help="The first day (UTC); the day before yesterday."),
     ] = None,
 ) -> None:
-    """Store the candles of closed days, late trades included: daily, as the owner of the tables.
+    """Store the candles since a day, late trades included, as the owner of the tables.
 
-    The Apache edition stores none by itself; on Community this only hurries its own jobs.
+    `sluice maintain` does so by itself; this is for rows that did not come through the flusher.
     """
     now = datetime.now(tz=UTC)
     first = since.replace(tzinfo=UTC) if since else now - timedelta(days=2)
@@ -166,4 +166,25 @@ async def findings(connection: asyncpg.Connection) -> list[dict[str, Any]]:
         f"{expected} on this edition; sluice db init makes it so",
         is_sound=aggregates == expected,
     )
+    if is_community:
+        drop, start = (await connection.fetch(_RETENTION))[0]
+        note(
+            "candles and retention",
+            "nothing is dropped"
+            if drop is None
+            else f"dropped after {drop}, refreshed from {start}",
+            "a refresh that starts after what is dropped; sluice maintain makes it so",
+            is_sound=drop is None or (start is not None and start < drop),
+        )
     return found
+
+
+# A refresh over dropped trades would delete their candles.
+_RETENTION: Final = """
+SELECT max((config ->> 'drop_after')::interval), max((config ->> 'start_offset')::interval)
+FROM timescaledb_information.jobs AS j
+LEFT JOIN timescaledb_information.continuous_aggregates AS a
+    ON j.hypertable_name IN (a.view_name, a.materialization_hypertable_name)
+WHERE (proc_name = 'policy_retention' AND j.hypertable_name = 'trades')
+    OR (proc_name = 'policy_refresh_continuous_aggregate' AND view_name = 'candles_1m')
+"""

@@ -2,21 +2,24 @@
 
 import asyncio
 import itertools
-import json
-import random
 import re
 import secrets
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, localcontext
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import asyncpg
 import pytest
 
+from tests.integration.candles import (
+    EPOCH,
+    WIDTHS,
+    Row,
+    assert_candles_are_of,
+    draw_trades,
+    insert,
+)
 from tests.integration.conftest import Server
 from tests.servers import SCHEMA, execute
 
@@ -24,16 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = re.findall(
     r"```sql\n(.*?)```", (ROOT / "docs" / "sql.md").read_text(encoding="utf-8"), re.DOTALL
 )
-WIDTHS = {
-    "candles_1m": timedelta(minutes=1),
-    "candles_5m": timedelta(minutes=5),
-    "candles_1h": timedelta(hours=1),
-    "candles_1d": timedelta(days=1),
-}
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DAY = datetime(2026, 3, 1, tzinfo=UTC)
-
-Row = dict[str, Any]
 
 
 async def _apply(dsn: str) -> None:
@@ -42,19 +36,6 @@ async def _apply(dsn: str) -> None:
         await connection.execute(SCHEMA)
     finally:
         await connection.close()
-
-
-async def _insert(connection: asyncpg.Connection, table: str, rows: Iterable[Row]) -> None:
-    columns = await connection.fetchval(
-        "SELECT string_agg(quote_ident(key), ', ') FROM json_object_keys($1::json) AS key",
-        json.dumps(next(iter(rows)), default=str),
-    )
-    await connection.execute(
-        f"INSERT INTO {table} ({columns})"
-        f" SELECT {columns} FROM jsonb_populate_recordset(NULL::{table}, $1)"
-        " ON CONFLICT DO NOTHING",
-        json.dumps(list(rows), default=str),
-    )
 
 
 async def _is_community(connection: asyncpg.Connection) -> bool:
@@ -114,7 +95,7 @@ async def test_a_run_does_not_wait_for_a_writer(dsn: str, database: asyncpg.Conn
     try:
         async with writer.transaction():
             for table, row in GOOD.items():
-                await _insert(writer, table, [row])
+                await insert(writer, table, [row])
             await writer.execute(MARK_LATE)
             await database.execute("SET lock_timeout = '10s'")
 
@@ -133,112 +114,31 @@ async def test_an_older_file_is_refused_by_a_newer_database(database: asyncpg.Co
 # Candles ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Candle:
-    """What a row of any candle view must hold."""
-
-    open: Decimal
-    high: Decimal
-    low: Decimal
-    close: Decimal
-    volume: Decimal
-    quote_volume: Decimal
-    trade_count: int
-    taker_buy_volume: Decimal
-
-
-Candles = dict[tuple[int, datetime], Candle]
-
-
-def _trades(seed: int, *, start: datetime, hours: int) -> list[Row]:
-    """Draw trades of two markets: equal times, aggregates of several, many decimals."""
-    draw = random.Random(seed)
-    rows: list[Row] = []
-    for market_id in (1, 2):
-        trade_id = 1
-        time = start
-        while True:
-            time += timedelta(milliseconds=draw.choice((0, 0, 1, 900, 40_000, 400_000)))
-            if time >= start + timedelta(hours=hours):
-                break
-            last_id = trade_id + draw.choice((0, 0, 0, 3))
-            rows.append(
-                {
-                    "market_id": market_id,
-                    "time": time,
-                    "trade_id": last_id,
-                    "first_id": trade_id,
-                    "price": Decimal(draw.randrange(1, 10**9)).scaleb(-draw.randrange(9)),
-                    "quantity": Decimal(draw.randrange(1, 10**9)).scaleb(-draw.randrange(18)),
-                    "side": draw.choice(("buy", "sell")),
-                    "received_at": time + timedelta(milliseconds=30),
-                }
-            )
-            trade_id = last_id + 1
-    draw.shuffle(rows)
-    return rows
-
-
-def _candles(trades: Iterable[Row], width: timedelta) -> Candles:
-    """Compute candles the slow way."""
-    buckets: defaultdict[tuple[int, datetime], list[Row]] = defaultdict(list)
-    for row in sorted(trades, key=lambda row: row["trade_id"]):
-        opens = EPOCH + (row["time"] - EPOCH) // width * width
-        buckets[row["market_id"], opens].append(row)
-    return {
-        key: Candle(
-            open=rows[0]["price"],
-            high=max(row["price"] for row in rows),
-            low=min(row["price"] for row in rows),
-            close=rows[-1]["price"],
-            volume=sum((row["quantity"] for row in rows), Decimal(0)),
-            quote_volume=sum((row["price"] * row["quantity"] for row in rows), Decimal(0)),
-            trade_count=sum(row["trade_id"] - row["first_id"] + 1 for row in rows),
-            taker_buy_volume=sum(
-                (row["quantity"] for row in rows if row["side"] == "buy"), Decimal(0)
-            ),
-        )
-        for key, rows in buckets.items()
-    }
-
-
-async def _assert_candles_are_of(connection: asyncpg.Connection, trades: list[Row]) -> None:
-    for view, width in WIDTHS.items():
-        stored = await connection.fetch(f"SELECT * FROM {view}")
-        found = [
-            (row["market_id"], row["time"], Candle(**dict(list(row.items())[2:]))) for row in stored
-        ]
-        with localcontext(prec=200):
-            expected = _candles(trades, width)
-        assert {(market, time): candle for market, time, candle in found} == expected
-        assert len(found) == len(stored)
-
-
 async def test_candles_are_the_exact_ones(database: asyncpg.Connection) -> None:
-    trades = _trades(1, start=DAY, hours=50)
-    await _insert(database, "trades", trades)
+    trades = draw_trades(1, start=DAY, hours=50)
+    await insert(database, "trades", trades)
 
-    await _assert_candles_are_of(database, trades)
+    await assert_candles_are_of(database, trades)
 
 
 async def test_candles_follow_late_trades_once_refreshed(database: asyncpg.Connection) -> None:
-    trades = _trades(2, start=DAY, hours=50)
+    trades = draw_trades(2, start=DAY, hours=50)
     late = [row for row in trades if 7 <= (row["time"] - DAY) / timedelta(hours=1) < 9][::2]
-    await _insert(database, "trades", [row for row in trades if row not in late])
+    await insert(database, "trades", [row for row in trades if row not in late])
     await database.execute("CALL refresh_candles('-infinity', 'infinity')")
-    await _insert(database, "trades", late)
+    await insert(database, "trades", late)
 
     await database.execute(
         f"CALL refresh_candles('{DAY + timedelta(hours=7)}', '{DAY + timedelta(hours=9)}')"
     )
 
-    await _assert_candles_are_of(database, trades)
+    await assert_candles_are_of(database, trades)
 
 
 async def test_candles_outlive_their_trades(database: asyncpg.Connection) -> None:
-    trades = _trades(4, start=DAY, hours=50)
+    trades = draw_trades(4, start=DAY, hours=50)
     kept_from = DAY + timedelta(days=1)
-    await _insert(database, "trades", trades)
+    await insert(database, "trades", trades)
     await database.execute("CALL refresh_candles('-infinity', 'infinity')")
     if await _is_community(database):
         await database.execute(
@@ -250,10 +150,10 @@ async def test_candles_outlive_their_trades(database: asyncpg.Connection) -> Non
 
     dropped = [row for row in trades if row["time"] < kept_from]
     assert await database.fetchval("SELECT count(*) FROM trades") == len(trades) - len(dropped)
-    await _assert_candles_are_of(database, trades)
-    await _insert(database, "trades", dropped[:1])
+    await assert_candles_are_of(database, trades)
+    await insert(database, "trades", dropped[:1])
     await database.execute("CALL refresh_candles('-infinity', 'infinity')")
-    await _assert_candles_are_of(database, trades)
+    await assert_candles_are_of(database, trades)
 
 
 async def test_a_changed_edition_gets_its_own_kind_of_candles(
@@ -261,8 +161,8 @@ async def test_a_changed_edition_gets_its_own_kind_of_candles(
 ) -> None:
     if not await _is_community(database):
         pytest.skip("the Apache edition cannot make what it would have to replace")
-    trades = _trades(5, start=DAY, hours=30)
-    await _insert(database, "trades", trades)
+    trades = draw_trades(5, start=DAY, hours=30)
+    await insert(database, "trades", trades)
     await database.execute("SET ROLE sluice_owner")
     for view in reversed(WIDTHS):
         await database.execute(f"DROP MATERIALIZED VIEW {view}")
@@ -278,7 +178,7 @@ async def test_a_changed_edition_gets_its_own_kind_of_candles(
         )
         == 4
     )
-    await _assert_candles_are_of(database, trades)
+    await assert_candles_are_of(database, trades)
 
 
 async def test_a_first_refresh_hides_nothing_it_has_not_come_to(
@@ -300,15 +200,15 @@ async def test_a_redelivered_batch_adds_only_what_is_new_to_compressed_chunks(
 ) -> None:
     if not await _is_community(database):
         pytest.skip("the Apache edition compresses nothing")
-    trades = _trades(6, start=DAY, hours=20)
-    await _insert(database, "trades", trades[::2])
+    trades = draw_trades(6, start=DAY, hours=20)
+    await insert(database, "trades", trades[::2])
     await database.execute("SELECT compress_chunk(c) FROM show_chunks('trades') AS c")
 
-    await _insert(database, "trades", trades)
+    await insert(database, "trades", trades)
 
     assert await database.fetchval("SELECT count(*) FROM trades") == len(trades)
     await database.execute("CALL refresh_candles('-infinity', 'infinity')")
-    await _assert_candles_are_of(database, trades)
+    await assert_candles_are_of(database, trades)
 
 
 # What a row may hold ---------------------------------------------------------------------------
@@ -447,7 +347,7 @@ BAD: list[tuple[str, Row]] = [
 async def test_good_rows_are_stored_once(database: asyncpg.Connection) -> None:
     for table, row in GOOD.items():
         for _ in range(2):
-            await _insert(database, table, [row])
+            await insert(database, table, [row])
         count = f"SELECT count(*) FROM {table}"
         assert await database.fetchval(count) == 1, table
 
@@ -455,8 +355,8 @@ async def test_good_rows_are_stored_once(database: asyncpg.Connection) -> None:
 async def test_a_trade_is_stored_once_whatever_else_it_says(database: asyncpg.Connection) -> None:
     row = GOOD["trades"]
 
-    await _insert(database, "trades", [row, row | {"price": "1", "received_at": EPOCH}])
-    await _insert(database, "trades", [row | {"side": "sell", "quantity": "1", "first_id": 7}])
+    await insert(database, "trades", [row, row | {"price": "1", "received_at": EPOCH}])
+    await insert(database, "trades", [row | {"side": "sell", "quantity": "1", "first_id": 7}])
 
     assert await database.fetchval("SELECT array_agg(price) FROM trades") == [Decimal("60000.10")]
 
@@ -465,7 +365,7 @@ async def test_bad_rows_are_refused(database: asyncpg.Connection) -> None:
     accepted = []
     for table, change in BAD:
         try:
-            await _insert(database, table, [GOOD[table] | change])
+            await insert(database, table, [GOOD[table] | change])
         except (asyncpg.CheckViolationError, asyncpg.NotNullViolationError):
             continue
         accepted.append((table, change))
@@ -478,7 +378,7 @@ async def test_a_book_may_have_one_side_or_none(database: asyncpg.Connection) ->
     no_bids = row | {"bid_prices": [], "bid_sizes": [], "time": DAY + timedelta(seconds=1)}
     empty = no_bids | {"ask_prices": [], "ask_sizes": [], "time": DAY + timedelta(seconds=2)}
 
-    await _insert(database, "orderbook_snapshots", [row, no_bids, empty])
+    await insert(database, "orderbook_snapshots", [row, no_bids, empty])
 
     assert await database.fetchval("SELECT count(*) FROM orderbook_snapshots") == 3
     assert await database.fetchval("SELECT count(*) FROM book_tops") == 1
@@ -499,7 +399,7 @@ async def test_a_market_is_found_by_its_names(database: asyncpg.Connection) -> N
 
 
 async def test_a_book_reads_as_top_and_levels(database: asyncpg.Connection) -> None:
-    await _insert(database, "orderbook_snapshots", [GOOD["orderbook_snapshots"]])
+    await insert(database, "orderbook_snapshots", [GOOD["orderbook_snapshots"]])
 
     top = await database.fetchrow("SELECT * FROM book_tops")
     levels = await database.fetch("SELECT * FROM book_levels ORDER BY side, level")
@@ -542,7 +442,7 @@ async def test_the_cost_of_a_trade_walks_the_book(
         "time": DAY + timedelta(seconds=2),
         "bid_prices": ["1", "0.5"],
     }
-    await _insert(database, "orderbook_snapshots", [GOOD["orderbook_snapshots"], later])
+    await insert(database, "orderbook_snapshots", [GOOD["orderbook_snapshots"], later])
 
     row = await database.fetchrow(
         "SELECT * FROM trade_cost(1, $1, $2, $3)",
@@ -560,7 +460,7 @@ async def test_the_cost_of_a_trade_walks_the_book(
 
 
 async def test_a_trade_before_the_first_book_has_no_cost(database: asyncpg.Connection) -> None:
-    await _insert(database, "orderbook_snapshots", [GOOD["orderbook_snapshots"]])
+    await insert(database, "orderbook_snapshots", [GOOD["orderbook_snapshots"]])
 
     rows = await database.fetch("SELECT * FROM trade_cost(1, $1, 'buy', 1)", DAY - timedelta(1))
 
@@ -570,7 +470,7 @@ async def test_a_trade_before_the_first_book_has_no_cost(database: asyncpg.Conne
 async def test_every_documented_query_runs(database: asyncpg.Connection) -> None:
     for table, row in GOOD.items():
         if table != "markets":
-            await _insert(database, table, [row])
+            await insert(database, table, [row])
     assert len(EXAMPLES) >= 5
 
     for example in EXAMPLES:
@@ -686,7 +586,7 @@ async def test_a_plain_owner_of_a_database_may_run_it(server: Server) -> None:
         try:
             for _ in range(2):
                 await connection.execute(SCHEMA)
-            await _insert(connection, "trades", [GOOD["trades"]])
+            await insert(connection, "trades", [GOOD["trades"]])
             assert await connection.fetchval("SELECT count(*) FROM candles_1d") == 1
         finally:
             await connection.close()

@@ -54,6 +54,16 @@ def test_the_schema_is_brought_up_once_before_anything_is_written() -> None:
     }
 
 
+def test_the_tables_are_maintained() -> None:
+    shell, option, script = SERVICES["maintain"]["command"]
+
+    assert (shell, option) == ("sh", "-c")
+    assert "sluice maintain" in script
+    # $$ is compose's $, and a signal ends the wait at once.
+    assert "trap exit TERM" in script
+    assert "& wait $$!" in script
+
+
 def test_every_image_from_elsewhere_is_pinned() -> None:
     images = [service["image"] for service in SERVICES.values() if "build" not in service]
 

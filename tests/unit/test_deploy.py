@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_units_verify_and_are_hardened() -> None:
     done = subprocess.run([ROOT / "deploy" / "check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Overall exposure level") == 3
+    assert done.stdout.count("Overall exposure level") == 4
 
 
 def test_install_writes_what_it_says(tmp_path: Path) -> None:

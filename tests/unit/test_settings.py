@@ -1,6 +1,7 @@
 """Settings: what is accepted, how a bad one is told, and that each is documented."""
 
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_every_setting_stands_in_the_example_with_its_default() -> None:
             continue
         if isinstance(default, bool):
             text = str(default).lower()
-        elif isinstance(default, list):
+        elif isinstance(default, list | dict):
             text = ",".join(default)
         elif isinstance(default, float):
             text = f"{default:g}"
@@ -76,6 +77,12 @@ def test_the_example_can_be_used_as_it_is(tmp_path: Path) -> None:
         ("STREAMS", ",", "a list, comma separated; the default is trade"),
         ("BOOK_SHARD", "4/4", "a text; the default is 0/1"),
         ("PROXY_URL", "ftp://x", "a text"),
+        ("RETENTION_DAYS", "trade=30", "days for every table, or such as trades=30"),
+        ("RETENTION_DAYS", "klines=0", "days for every table, or such as trades=30"),
+        ("RETENTION_DAYS", "trades=1", "days for every table, or such as trades=30"),
+        ("CHUNK_INTERVAL", "12", "a period for every table, or such as trades=6h"),
+        ("CHUNK_INTERVAL", "trades=0h", "a period for every table, or such as trades=6h"),
+        ("COLUMNSTORE_AFTER_DAYS", "0", "a whole number from 1 to 36500; the default is 7"),
     ],
 )
 def test_a_bad_value_is_one_line_with_the_variable_and_what_is_accepted(
@@ -226,3 +233,18 @@ def test_an_env_file_that_is_no_text_is_one_line(
     (tmp_path / ".env").write_bytes(b"\xff=1\n")
     with pytest.raises(BadSettingsError, match=r"^\.env: it is not UTF-8 text"):
         load()
+
+
+def test_what_is_set_by_table_goes_before_what_is_set_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RETENTION_DAYS", "klines=400, 30")
+    monkeypatch.setenv("CHUNK_INTERVAL", "trades=6h,klines=60d")
+    settings = load()
+    assert settings.retention_days == {
+        "trades": 30,
+        "orderbook_snapshots": 30,
+        "klines": 400,
+        "tickers": 30,
+    }
+    assert settings.chunk_interval == {"trades": timedelta(hours=6), "klines": timedelta(days=60)}
