@@ -124,7 +124,11 @@ def cpu_of(pid: int) -> float:
 def server_cpu(servers: Servers) -> float:
     """CPU seconds of PostgreSQL so far."""
     assert servers.postgres.pid is not None
-    return cpu_of(servers.postgres.pid)
+    while True:
+        try:
+            return cpu_of(servers.postgres.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a backend ended meanwhile, and what it took is its parent's now
 
 
 async def floor(servers: Servers, trades: list[Trade]) -> Cost:
