@@ -35,6 +35,7 @@ from typing import Literal, TypeVar
 
 import asyncpg
 import uvloop
+from msgspec.structs import astuple
 from redis.asyncio import Redis
 
 from flusher.tables import TABLES
@@ -134,20 +135,19 @@ def server_cpu(servers: Servers) -> float:
 async def floor(servers: Servers, trades: list[Trade]) -> Cost:
     """Send lines that were made before."""
     batches = [
-        memoryview("".join(TABLE.line(trade, market_id(trade)) for trade in batch).encode())
+        memoryview(TABLE.lines(list(map(market_id, batch)), list(map(astuple, batch))) or b"")
         for batch in batches_of(trades)
     ]
     connection = await asyncpg.connect(servers.dsn)
     await connection.execute(TABLE.create_staging)
-    columns = [name for name, _ in TABLE.columns]
     server, client, began = server_cpu(servers), time.process_time(), time.perf_counter()
     for data in batches:
         async with connection.transaction():
             await connection.copy_to_table(
                 TABLE.staging,
                 source=data,  # type: ignore[arg-type]  # the stubs do not know it
-                columns=columns,
-                null="",
+                columns=TABLE.column_names,
+                null=TABLE.null,
             )
             await connection.execute(TABLE.insert)
     seconds, client = time.perf_counter() - began, time.process_time() - client
@@ -160,18 +160,18 @@ async def executemany(servers: Servers, trades: list[Trade]) -> Cost:
     rows = [
         (
             market_id(trade),
-            EPOCH + timedelta(microseconds=trade.ts_event),
             trade.trade_id,
             trade.first_id,
             Decimal(trade.price),
             Decimal(trade.quantity),
             trade.side,
+            EPOCH + timedelta(microseconds=trade.ts_event),
             EPOCH + timedelta(microseconds=trade.ts_recv),
         )
         for trade in trades
     ]
-    names = ", ".join(name for name, _ in TABLE.columns)
-    marks = ", ".join(f"${number}" for number in range(1, len(TABLE.columns) + 1))
+    names = ", ".join(TABLE.column_names)
+    marks = ", ".join(f"${number}" for number in range(1, len(TABLE.column_names) + 1))
     query = f"INSERT INTO trades ({names}) VALUES ({marks}) ON CONFLICT DO NOTHING"  # noqa: S608  # names of ours
     connection = await asyncpg.connect(servers.dsn)
     server, client, began = server_cpu(servers), time.process_time(), time.perf_counter()

@@ -45,7 +45,7 @@ class DrainCounts:
     errors: dict[str, int] = field(default_factory=dict)
     """Attempts that failed, by verdict."""
     seconds: float = 0.0
-    """Spent in writing batches."""
+    """Spent in writing batches, on waiting for the database above all."""
     last_success: float = 0.0
     """When the last batch was trimmed, seconds since the epoch."""
     depth: int = 0
@@ -65,6 +65,17 @@ class _Prepared:
     writer: Writer
     is_full: bool
     """Whether a limit ended the claim, so that more waits behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A claim whose rows are in the table, but for the refused ones, and that is not trimmed."""
+
+    claim: Claim
+    inserted: int
+    refused: dict[int, str]
+    """The reasons, by place in the claim."""
+    seconds: float
 
 
 class Drain:
@@ -108,22 +119,24 @@ class Drain:
         """Wait until a flush is due, and write batch after batch as long as they are full."""
         await self._wait_until_due()
         prepared = await self._prepare()
+        written: _Written | None = None
         while prepared is not None:
-            if not prepared.is_full:
-                await self._flush(prepared)
-                return
-            # The database writes this one while the next one is read. A failure of the next one
-            # must not end the write of this one, so no TaskGroup.
-            flushed, following = await asyncio.gather(
-                self._flush(prepared),
-                self._prepare(skip=len(prepared.claim.items)),
+            # The database writes this one while the one before is trimmed and the next one is read.
+            # A failure there must not end the write of this one, so no TaskGroup.
+            now_written, following = await asyncio.gather(
+                self._write(prepared),
+                self._trim_and_read_ahead(written, prepared),
                 return_exceptions=True,
             )
-            if isinstance(flushed, BaseException):
-                raise flushed
+            if isinstance(now_written, BaseException):
+                raise now_written
             if isinstance(following, BaseException):
+                with suppress(StaleClaimError):  # as it is where the one before was not trimmed
+                    await self._trim(now_written)
                 raise following
-            prepared = following
+            prepared, written = following, now_written
+        if written is not None:
+            await self._trim(written)
 
     async def _wait_until_due(self) -> None:
         """Return when enough records wait, or when the first has waited long enough."""
@@ -167,19 +180,34 @@ class Drain:
         if self._writer is None:
             self._writer = await Writer.open(settings, self._table)
         writer = self._writer
-        await writer.learn(batch.markets)
+        await writer.learn(set(batch.names))
         await failpoints.reach("flusher.markets_known")
         lines = batches.lines_of(batch, self._table, writer.markets.ids)
         return _Prepared(batch.claim, lines, writer, is_full)
 
-    async def _flush(self, prepared: _Prepared) -> None:
-        """Write a batch and trim it, refused rows to the dead list in the same step."""
+    async def _trim_and_read_ahead(
+        self, written: _Written | None, following: _Prepared
+    ) -> _Prepared | None:
+        """Trim the batch before `following`, and prepare the one behind it."""
+        if written is not None:
+            await self._trim(written)
+        if not following.is_full:
+            return None
+        return await self._prepare(skip=len(following.claim.items))
+
+    async def _write(self, prepared: _Prepared) -> _Written:
+        """Write a batch to the end of its transaction."""
         began = time.monotonic()
-        claim, lines = prepared.claim, prepared.lines
+        lines = prepared.lines
         inserted, refused = 0, lines.refused
         if lines.places:
             inserted, by_line = await prepared.writer.write(lines.data)
             refused = refused | {lines.places[line]: reason for line, reason in by_line.items()}
+        return _Written(prepared.claim, inserted, refused, time.monotonic() - began)
+
+    async def _trim(self, written: _Written) -> None:
+        """Take a written batch off the queue, refused rows to the dead list in the same step."""
+        claim, refused = written.claim, written.refused
         dead = sorted(refused)
         now = now_micros()
         letters = [
@@ -201,10 +229,10 @@ class Drain:
             )
         counts = self.counts
         counts.batches += 1
-        counts.inserted += inserted
+        counts.inserted += written.inserted
         counts.dead += len(dead)
-        counts.duplicates += len(claim.items) - len(dead) - inserted
-        counts.seconds += time.monotonic() - began
+        counts.duplicates += len(claim.items) - len(dead) - written.inserted
+        counts.seconds += written.seconds
         counts.last_success = time.time()
         counts.depth = depth
         self._works()

@@ -40,7 +40,6 @@ class Writer:
         self.markets = Markets(connection)
         self._connection = connection
         self._table = table
-        self._columns = [name for name, _ in table.columns]
         self._turn = asyncio.Lock()  # a batch is prepared while another is written
 
     @classmethod
@@ -115,8 +114,8 @@ class Writer:
                 self._table.staging,
                 # A memoryview: asyncpg takes bytes for the name of a file.
                 source=memoryview(data),  # type: ignore[arg-type]  # the stubs do not know it
-                columns=self._columns,
-                null="",
+                columns=self._table.column_names,
+                null=self._table.null,
             )
             await failpoints.reach("flusher.copied")
             status = await connection.execute(self._table.insert)

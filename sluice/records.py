@@ -13,7 +13,7 @@ written, in one pass over all of it; a pattern a field would cost more than the 
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -163,6 +163,9 @@ KINDS: Final[dict[str, type[Record]]] = {
 }
 """Every record type under the name of its queue."""
 
+Row = tuple[Any, ...]
+"""A record as the tuple of its fields, in their order: a third cheaper to read than a Struct."""
+
 KIND_OF: Final[dict[type[Record], str]] = {record: kind for kind, record in KINDS.items()}
 
 
@@ -177,7 +180,12 @@ class TooNewError(ValueError):
 _encode = msgspec.json.Encoder().encode
 _any = msgspec.json.Decoder(list)
 _one = {kind: msgspec.json.Decoder(record) for kind, record in KINDS.items()}
-_many = {kind: msgspec.json.Decoder(list[record]) for kind, record in KINDS.items()}  # type: ignore[valid-type]  # a type made at run time
+_rows = {
+    kind: msgspec.json.Decoder(
+        list[tuple[tuple(field.type for field in msgspec.structs.fields(record))]]  # type: ignore[misc]  # a type made at run time
+    )
+    for kind, record in KINDS.items()
+}
 _is_name = re.compile(r"""[^\s\x00-\x1f\x7f-\x9f'"\\]{1,64}""").fullmatch
 
 
@@ -218,13 +226,18 @@ def decode(kind: str, item: bytes) -> Record:
         raise RejectedRecordError(str(error)) from error
 
 
-def decode_many(kind: str, items: Sequence[bytes]) -> list[Record] | None:
+def decode_row(kind: str, item: bytes) -> Row:
+    """Read one record of a kind as a row. Raises as `decode` does."""
+    return msgspec.structs.astuple(decode(kind, item))
+
+
+def decode_rows(kind: str, items: Sequence[bytes]) -> list[Row] | None:
     """Read a batch in one pass, or give None where any of it has to be looked at singly."""
     try:
-        records: list[Record] = _many[kind].decode(b"[" + b",".join(items) + b"]")
+        rows: list[Row] = _rows[kind].decode(b"[" + b",".join(items) + b"]")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return records if len(records) == len(items) else None
+    return rows if len(rows) == len(items) else None
 
 
 def _is_longer(kind: str, item: bytes) -> bool:

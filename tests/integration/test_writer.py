@@ -38,8 +38,8 @@ async def test_two_writers_of_the_same_rows_never_wait_for_each_other_in_a_circl
         ((market_id,),) = await fetch(postgres, "SELECT market_id FROM markets")
 
         def lines(*ids: int) -> bytes:
-            rows = (records.decode("trade", trade(trade_id)) for trade_id in ids)
-            return "".join(table.line(row, market_id) for row in rows).encode()
+            rows = [records.decode_row("trade", trade(trade_id)) for trade_id in ids]
+            return table.lines([market_id] * len(rows), rows) or b""
 
         async def wait_for_locks(count: int) -> None:
             async def do_wait() -> bool:

@@ -71,13 +71,13 @@ MUTANTS: Final = (
                 "        inserted, refused = 0, lines.refused\n",
                 "        inserted, refused = 0, lines.refused\n"
                 "        dead_max = self._process.settings.dead_max\n"
-                "        depth = await self.queue.ack(claim, dead_max=dead_max)\n",
+                "        await self.queue.ack(prepared.claim, dead_max=dead_max)\n",
             ),
             Edit(
                 "flusher/drain.py",
                 "        depth = await self.queue.ack(claim, letters,"
                 " dead_max=self._process.settings.dead_max)\n",
-                "",
+                "        depth = 0\n",
             ),
         ),
         _FLUSHER_FAULTS,

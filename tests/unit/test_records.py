@@ -1,5 +1,6 @@
 """Records as they lie on the lists: newer ones, old ones, and what is none."""
 
+import msgspec
 import pytest
 
 from sluice.records import (
@@ -8,7 +9,8 @@ from sluice.records import (
     TooNewError,
     Trade,
     decode,
-    decode_many,
+    decode_row,
+    decode_rows,
     encode,
     is_decimal,
     is_name,
@@ -20,7 +22,9 @@ TRADE = Trade("binance", "BTCUSDT", 7, 7, "1.50", "2", "buy", 1_790_000_000_000_
 
 def test_a_record_comes_back_as_it_was_put() -> None:
     assert decode("trade", encode(TRADE)) == TRADE
-    assert decode_many("trade", [encode(TRADE)] * 3) == [TRADE] * 3
+    row = msgspec.structs.astuple(TRADE)
+    assert decode_row("trade", encode(TRADE)) == row
+    assert decode_rows("trade", [encode(TRADE)] * 3) == [row] * 3
     assert encode(TRADE).startswith(b'["binance","BTCUSDT",7,7,"1.50"')
 
 
@@ -42,7 +46,7 @@ def test_a_record_of_yesterday_is_read_with_the_defaults_of_today() -> None:
 
 
 def test_two_records_in_one_item_are_looked_at_singly() -> None:
-    assert decode_many("trade", [encode(TRADE) + b"," + encode(TRADE)]) is None
+    assert decode_rows("trade", [encode(TRADE) + b"," + encode(TRADE)]) is None
 
 
 @pytest.mark.parametrize("text", ["", ".", "-1", "1e5", "NaN", "1.2.3", "\u0661", "1 ", "9" * 51])
