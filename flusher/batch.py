@@ -71,7 +71,9 @@ def _read_singly(kind: str, claim: Claim) -> Batch:
                 raise
             claim = Claim(claim.head, claim.items[:place])
             break
-    return Batch(claim, list(found.values()), list(found), list(map(_name, found.values())), refused)
+    return Batch(
+        claim, list(found.values()), list(found), list(map(_name, found.values())), refused
+    )
 
 
 @dataclass(frozen=True, slots=True)
