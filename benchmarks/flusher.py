@@ -48,7 +48,7 @@ from sluice.records import Trade
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 5000
 SYMBOLS = 20
-START_MS = 1_790_000_000_000
+START_MS = int(time.time() * 1000)
 TICKS = os.sysconf("SC_CLK_TCK")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 CRYPTOFEED = ("cryptofeed==3.0.1", "asyncpg==0.32.0")
