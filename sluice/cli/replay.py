@@ -28,7 +28,7 @@ from sluice.queue import RecordQueue
 from sluice.recording import BadRecordingError, Tape
 from sluice.records import KINDS
 from sluice.schema import SchemaError
-from sluice.settings import Settings, load_or_exit, parse_market
+from sluice.settings import EXIT_BAD_SETTINGS, Settings, load_or_exit, parse_market
 
 DATABASE: Final = "sluice_replay"
 LOOK_SECONDS: Final = 0.2
@@ -114,7 +114,10 @@ def replay(
         raise typer.Exit(EXIT_UNREACHABLE) from error
     except RefusedError as error:
         sys.stderr.write(f"{error}\n")
-        raise typer.Exit(2) from error
+        raise typer.Exit(EXIT_BAD_SETTINGS) from error
+    except SchemaError as error:
+        sys.stderr.write(f"{error}\n")
+        raise typer.Exit(EXIT_UNEXPLAINED) from error
     show(rows, as_json=as_json, empty="nothing in it is stored")
     if problem:
         sys.stderr.write(f"{problem}\n")

@@ -7,6 +7,7 @@ absent the same is done with the small one of the simulated market that is commi
 import asyncio
 import json
 import time
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
+from sluice.cli.audit import certify
 from sluice.queue import RecordQueue
+from sluice.settings import Market
 from tests.acceptance.processes import CEILING, ROOT, processes, wait_until
 from tests.servers import Database
 
@@ -145,6 +148,7 @@ async def test_a_recorded_day_is_stored_exactly_though_the_flusher_is_killed(
             assert running.terminate("flusher") == 0
             print(f"{symbol}: replayed and stored in {time.monotonic() - began:.1f} s")  # pytest -s
             await matches(connection, symbol, oracle)
+            await is_certified(connection, symbol, oracle)
             assert await connection.fetchval("SELECT count(*) FROM gaps WHERE status = 'open'") == 0
         finally:
             await connection.close()
@@ -152,6 +156,24 @@ async def test_a_recorded_day_is_stored_exactly_though_the_flusher_is_killed(
         balance = await queue.balance()
         assert balance.is_exact
         assert (balance.length, balance.dead) == (0, 0)
+
+
+async def is_certified(connection: asyncpg.Connection, symbol: str, oracle: dict[str, Any]) -> None:
+    """See the audit find every day complete, and, with one row deleted by hand, that row's id."""
+    market = Market("binance", symbol)
+    always = (datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
+    whole = await certify(connection, market, *always)
+    assert sum(day["expected"] for day in whole) == oracle["trade"]["count"]
+    assert sum(day["stored"] for day in whole) == oracle["trade"]["count"]
+    faults = ("unexplained", "duplicates", "klines_different", "book_levels_different")
+    assert not any(day[fault] for day in whole for fault in faults)
+    victim = (oracle["trade"]["first_id"] + oracle["trade"]["last_id"]) // 2
+    by_hand = connection.transaction()
+    await by_hand.start()
+    await connection.execute("DELETE FROM trades WHERE trade_id = $1", victim)
+    holed = await certify(connection, market, *always)
+    await by_hand.rollback()
+    assert [day["unexplained_ids"] for day in holed if day["unexplained"]] == [str(victim)]
 
 
 async def stored_at_least(dsn: str, count: int) -> None:

@@ -118,10 +118,6 @@ def test_a_gap_explains_what_is_missing_only_when_it_is_closed(
     assert (gap["market"], gap["status"], gap["ids"]) == ("binance:BTCUSDT", status, 3)
 
 
-def test_an_audit_can_be_recomputed_with_the_query_it_prints() -> None:
-    assert "range_agg" in sluice({}, "audit", "--sql").stdout
-
-
 def test_a_server_that_is_away_is_one_line_and_exit_3() -> None:
     told = sluice({"REDIS_PORT": "1"}, "queues", code=3)
     assert len(told.stderr.splitlines()) == 1
