@@ -22,6 +22,7 @@ from sluice.cli import services
 from sluice.cli.children import Child, RefusedError
 from sluice.cli.database import prepare
 from sluice.cli.output import EXIT_UNEXPLAINED, EXIT_UNREACHABLE, Json, show
+from sluice.cli.run import write_environment
 from sluice.connections import connect_postgres, connect_redis
 from sluice.exchanges import EXCHANGES
 from sluice.queue import RecordQueue
@@ -31,6 +32,8 @@ from sluice.schema import SchemaError
 from sluice.settings import EXIT_BAD_SETTINGS, Settings, load_or_exit, parse_market
 
 DATABASE: Final = "sluice_replay"
+ENVIRONMENT: Final = Path(".sluice/replay.env")
+"""Where the settings that lead to the database are left, for a shell to read."""
 LOOK_SECONDS: Final = 0.2
 TELL_SECONDS: Final = 5.0
 STUCK_SECONDS: Final = 60.0
@@ -78,6 +81,7 @@ def replay(
 
     Every time that is stored is the recording's, so the same files give the same tables. Trades
     that a recording lacks are named by `gaps`. A private database of Redis is used, 1 to 15.
+    `. .sluice/replay.env` leads other commands to the database.
 
     Prints rows and a digest a table and market. Exit code 1 when it was ended early, or anything
     was refused; 2 for bad files or settings; 3 when there are no servers.
@@ -98,7 +102,9 @@ def replay(
     except services.NoServicesError as error:
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(EXIT_UNREACHABLE) from error
-    os.environ.update({**found.environment, "POSTGRES_DB": database})
+    environment = {**found.environment, "POSTGRES_DB": database}
+    write_environment(ENVIRONMENT, environment)
+    os.environ.update(environment)
     settings = load_or_exit()
     work = _Replay(settings, tape, symbols, factor)
     try:

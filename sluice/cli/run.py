@@ -118,18 +118,18 @@ def _running_pid() -> int | None:
     return None
 
 
-def _write_environment(environment: Mapping[str, str]) -> None:
-    """Leave the settings of this recording where a shell can read them: `. .sluice/env`."""
+def write_environment(path: Path, environment: Mapping[str, str]) -> None:
+    """Leave the settings that lead to servers and markets where a shell can read them."""
     prefixes = ("REDIS_", "POSTGRES_", "SYMBOLS")
     lines = [
         f"export {name}={shlex.quote(value)}\n"
         for name, value in sorted(environment.items())
         if name.startswith(prefixes)
     ]
-    ENVIRONMENT.parent.mkdir(parents=True, exist_ok=True)
-    ENVIRONMENT.unlink(missing_ok=True)
-    ENVIRONMENT.touch(mode=0o600)
-    ENVIRONMENT.write_text("".join(lines), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 class _Run:
@@ -144,7 +144,7 @@ class _Run:
             # What is read here is what the children are told.
             os.environ.update(environment)
             settings = load_or_exit(needs_symbols=True)
-        _write_environment(environment)
+        write_environment(ENVIRONMENT, environment)
         self._settings = settings
         self._environment = environment
         self._stop = asyncio.Event()
