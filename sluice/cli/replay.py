@@ -121,9 +121,6 @@ def replay(
     except RefusedError as error:
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(EXIT_BAD_SETTINGS) from error
-    except SchemaError as error:
-        sys.stderr.write(f"{error}\n")
-        raise typer.Exit(EXIT_UNEXPLAINED) from error
     show(rows, as_json=as_json, empty="nothing in it is stored")
     if problem:
         sys.stderr.write(f"{problem}\n")
