@@ -103,6 +103,12 @@ class _Side:
         if len(moved) > len(trusted) + _FEW:
             self._forget_order()
 
+    def cut(self, depth: int) -> None:
+        self._keys.clear()
+        self.beyond.clear()
+        if len(self.trusted) > depth:
+            self._keep(sorted(self.trusted)[:depth])
+
     def top(self, depth: int) -> list[Level]:
         """Give the best levels; the list is the caller's to read, not to change."""
         if self._top is None or depth != self._shown_depth:
@@ -185,11 +191,15 @@ class _Side:
         self.beyond.clear()
         if len(self.trusted) <= self._max_levels:
             return
-        kept = sorted(self.trusted)[: self._max_levels - self._max_levels // 8]
-        pruned = {key: self.trusted[key] for key in kept}
+        self._keep(sorted(self.trusted)[: self._max_levels - self._max_levels // 8])
+
+    def _keep(self, keys: list[int]) -> None:
+        """Let go of all but the best levels, which are at least one, and trust nothing below."""
+        kept = {key: self.trusted[key] for key in keys}
+        # Not a new dict: a change may be half applied.
         self.trusted.clear()
-        self.trusted.update(pruned)
-        self._bound = kept[-1]
+        self.trusted.update(kept)
+        self._bound = keys[-1]
         self._forget_order()
 
 
@@ -224,6 +234,11 @@ class OrderBook:
             self._bids.apply(bids)
         if asks:
             self._asks.apply(asks)
+
+    def cut(self, depth: int) -> None:
+        """Keep the best `depth` levels of each side, and trust nothing below them any more."""
+        self._bids.cut(depth)
+        self._asks.cut(depth)
 
     def top(self, depth: int) -> tuple[list[Level], list[Level]]:
         """Give up to `depth` bids and asks, best first, none beyond what can be trusted.

@@ -73,9 +73,13 @@ class ImageQueue:
 
     def want_newer(self, symbol: str, priority: Priority) -> None:
         """Ask for another image after a while: the last one did not do."""
+        self.forget(symbol)
+        self._schedule(symbol, priority, self._backoff(symbol).next_delay())
+
+    def forget(self, symbol: str) -> None:
+        """Ask for no image any more, unless that is under way already."""
         for due in self._due.values():
             due.pop(symbol, None)
-        self._schedule(symbol, priority, self._backoff(symbol).next_delay())
 
     def settled(self, symbol: str) -> None:
         """Note that a book has its image: its next one is asked for without delay."""

@@ -57,6 +57,9 @@ class Images(Protocol):
     def want_newer(self, symbol: str, priority: Priority) -> None:
         """Ask for another image after a while."""
 
+    def forget(self, symbol: str) -> None:
+        """Ask for no image any more."""
+
     def settled(self, symbol: str) -> None:
         """Note that a book has its image."""
 
@@ -96,6 +99,10 @@ class BookKeeper:
         self.confirmed = 0
         """How often a newer image agreed with the book."""
         self.contradicted = 0
+        self.is_dropped = False
+        """Whether there is no memory for this book."""
+        self._newest_recv = 0
+        self._is_cut = False
         self._outlets = outlets
         self._depth = settings.snapshot_depth
         self._published_depth = settings.publish_depth
@@ -120,9 +127,18 @@ class BookKeeper:
         """How many levels are held."""
         return sum(self._sync.book.levels)
 
+    @property
+    def held(self) -> int:
+        """How much there is in memory: levels, and changes that wait for an image."""
+        return self.levels + self._sync.buffered
+
     def on_depth(self, depth: Depth) -> None:
         """Take a change off the stream."""
         self.changes += 1
+        if self.is_dropped:
+            return
+        self._newest_recv = depth.ts_recv
+        self._is_cut = False
         self._settle(_Held.of(self._sync), self._sync.on_depth(depth))
 
     def on_image(self, image: DepthImage) -> None:
@@ -151,14 +167,39 @@ class BookKeeper:
         if (
             self._sync.is_live
             and not self._sync.is_renewing
+            and not self._is_cut
             and not book.is_whole
             and book.trusted_depth < needed
         ):
             self._renew(Priority.IMAGE)
 
+    def cut_if_idle(self, idle_since_us: int) -> None:
+        """Let go of what nobody reads in a book that has not changed since then (our clock).
+
+        It stays true as far as it is read. At its next change it is shallow, and so renewed.
+        """
+        sync = self._sync
+        if sync.is_live and not sync.is_renewing and self._newest_recv < idle_since_us:
+            if not self._is_cut:
+                sync.cut(max(self._depth, self._published_depth))
+            self._is_cut = True
+
+    def drop(self) -> None:
+        """Give the book up for want of memory; its changes are counted and nothing else."""
+        held = _Held.of(self._sync)
+        self.is_dropped = True
+        self._sync.on_disconnect()
+        self._outlets.images.forget(self.market.symbol)
+        self._lose(held, "dropped: BOOK_MAX_MB is reached")
+
+    def take_up(self) -> None:
+        """Begin anew with the next change of a book that was dropped."""
+        self.is_dropped = False
+
     def audit(self) -> None:
         """Have the book compared with a new image; a difference ends its sync."""
         if self._sync.is_live and not self._sync.is_renewing:
+            self._is_cut = False
             self._renew(Priority.AUDIT)
 
     def latest(self) -> LatestBook | None:
@@ -172,6 +213,8 @@ class BookKeeper:
     def summary(self) -> str:
         """Give the state, or best bid, ask and spread, for people to read."""
         sync = self._sync
+        if self.is_dropped:
+            return f"{self.market} dropped"
         if not sync.is_live:
             return f"{self.market} {sync.state}"
         bid, ask = sync.book.best_bid, sync.book.best_ask

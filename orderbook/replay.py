@@ -68,6 +68,9 @@ class _Images:
     def want_newer(self, symbol: str, priority: Priority) -> None:
         pass  # the next of the recording
 
+    def forget(self, symbol: str) -> None:
+        self.wanted.discard(symbol)
+
     def settled(self, symbol: str) -> None:
         pass
 

@@ -1,6 +1,7 @@
 """The orderbook process's wiring: which sockets feed which books, and what watches over them."""
 
 import asyncio
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from orderbook.images import ImageQueue
 from orderbook.keeper import BookKeeper, Outlets
 from orderbook.latest import RENEWAL_SECONDS, LatestBooks
 from sluice.budget import Budget
+from sluice.clock import now_micros
 from sluice.connections import connect_redis
 from sluice.coverage import Coverage
 from sluice.exchanges import EXCHANGES, Exchange
@@ -39,6 +41,13 @@ LAST_WORDS_SECONDS: Final = 2.0
 """How long deleting the hashes at the end may take; without Redis they expire."""
 SHOWN: Final = 3
 """How many books the statistics line names."""
+NAMED: Final = 10
+"""How many dropped books the log names at once."""
+WARN_AT: Final = 0.8
+"""The part of BOOK_MAX_MB from which on there is a warning, and below which books come back."""
+DROPPED: Final = 0.1
+"""The part of what is held that is dropped at once."""
+MICROS_PER_MINUTE: Final = 60_000_000
 
 
 def in_shard(market: Market, shard: str) -> bool:
@@ -114,6 +123,12 @@ class Books:
     feeds: dict[Stream, Feed] = field(default_factory=dict)
     images: dict[str, ImageQueue] = field(default_factory=dict)
     memory_bytes: int = 0
+    dropped: int = 0
+    """How often a book was dropped for want of memory."""
+    _most_used: float = 0.0
+    """The memory in use, and a little more, when books were last dropped."""
+    _counted: tuple[float, int] = field(default_factory=lambda: (time.monotonic(), 0))
+    """When the statistics line was last given, and how many changes there were then."""
 
     @property
     def live(self) -> int:
@@ -130,11 +145,15 @@ class Books:
 
     def check(self) -> None:
         """Write what is due without a change, look after depth, memory and readiness."""
+        now = now_micros()
+        idle_us = int(self.process.settings.book_idle_minutes * MICROS_PER_MINUTE)
         for feed in self.feeds.values():
             limit = image_limit(feed.exchange, self.process.settings)
             for keeper in feed.keepers.values():
                 if feed.newest:
                     keeper.flush_idle(max(feed.newest, feed.delivered))
+                if idle_us:
+                    keeper.cut_if_idle(now - idle_us)
                 keeper.renew_if_shallow(limit)
         if self.live:
             self.process.health.ready("books")
@@ -145,25 +164,68 @@ class Books:
     def _check_memory(self) -> None:
         most = self.process.settings.book_max_mb * 2**20
         before, self.memory_bytes = self.memory_bytes, resident_bytes()
-        if before < 0.8 * most <= self.memory_bytes:
+        if before < WARN_AT * most <= self.memory_bytes:
             logger.warning(
-                "{} MB of the {} MB of BOOK_MAX_MB are used; lower BOOK_DEPTH, or spread the "
-                "markets over more processes with BOOK_SHARD",
+                "{} MB of the {} MB of BOOK_MAX_MB are used; from there on the least active books "
+                "are dropped. Lower BOOK_DEPTH, or spread the markets over more processes with "
+                "BOOK_SHARD",
                 self.memory_bytes >> 20,
                 most >> 20,
             )
+        # What a dropped book held is used again before the process asks the system for more; so
+        # only more than there ever was says that it was not enough.
+        if self.memory_bytes > max(most, self._most_used):
+            self._most_used = 1.02 * self.memory_bytes
+            self._drop_least_active()
+        elif self.memory_bytes < WARN_AT * most:
+            self._take_up_most_active()
+
+    def _drop_least_active(self) -> None:
+        held = {keeper: keeper.held for keeper in self.keepers.values() if keeper.held}
+        excess = DROPPED * sum(held.values())
+        dropped = []
+        for keeper in sorted(held, key=lambda keeper: keeper.changes):
+            if excess <= 0:
+                break
+            excess -= held[keeper]
+            keeper.drop()
+            dropped.append(str(keeper.market))
+        self.dropped += len(dropped)
+        if dropped:
+            more = f" and {len(dropped) - NAMED} more" if len(dropped) > NAMED else ""
+            logger.error(
+                "BOOK_MAX_MB is reached: {} MB are used. Dropped, as the least active: {}{}. They "
+                "come back below {:.0%} of it, or when the process starts with more of it, a lower "
+                "BOOK_DEPTH or fewer markets (BOOK_SHARD); what they miss is a window in gaps",
+                self.memory_bytes >> 20,
+                ", ".join(dropped[:NAMED]),
+                more,
+                WARN_AT,
+            )
+
+    def _take_up_most_active(self) -> None:
+        dropped = [keeper for keeper in self.keepers.values() if keeper.is_dropped]
+        if dropped:
+            # One at a time: each takes memory that the next check must see.
+            keeper = max(dropped, key=lambda keeper: keeper.changes)
+            logger.info("{}: there is memory for this book again", keeper.market)
+            keeper.take_up()
 
     def statistics(self) -> str:
         """Give the line that is logged every 30 s."""
         keepers = list(self.keepers.values())
         counts = self.publisher.counts
+        (since, before), changes = self._counted, sum(keeper.changes for keeper in keepers)
+        self._counted = time.monotonic(), changes
+        rate = (changes - before) / max(self._counted[0] - since, 1e-3)
+        dropped = sum(keeper.is_dropped for keeper in keepers)
         ended = sum(sum(stream.counts.disconnects.values()) for stream in self.feeds)
         depths = " ".join(f"{kind} {n}" for kind, n in sorted(self.publisher.lengths.items()))
         return (
-            f"{self.live} of {len(keepers)} books live, "
+            f"{self.live} of {len(keepers)} books live, {dropped} dropped, "
             f"{sum(keeper.resyncs for keeper in keepers)} resyncs, "
             f"{sum(images.waiting for images in self.images.values())} wait for an image; "
-            f"read {sum(keeper.changes for keeper in keepers)} changes, "
+            f"read {changes} changes ({rate:.1f}/s), "
             f"{counts.bad_frames} bad frames, {ended} sockets ended; "
             f"pushed {sum(counts.pushed.values())}, in memory {self.publisher.in_memory}, "
             f"spooled {counts.spooled}, shed {counts.shed}; "
@@ -185,6 +247,7 @@ class Books:
         counts = self.publisher.counts
         yield gauge("books", "Books kept", [({}, len(keepers))])
         yield gauge("books_live", "Books provably in sync", [({}, self.live)])
+        yield counter("books_dropped", "Books dropped for want of memory", [({}, self.dropped)])
         yield gauge("book_levels", "Levels held", [({}, sum(k.levels for k in keepers))])
         yield gauge("book_memory_bytes", "Resident memory", [({}, self.memory_bytes)])
         yield counter("book_changes", "Changes read", [({}, sum(k.changes for k in keepers))])

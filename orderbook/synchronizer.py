@@ -14,7 +14,9 @@ from orderbook.book import DEFAULT_MAX_LEVELS, OrderBook
 from sluice.exchanges.base import Depth, DepthImage
 
 MAX_BUFFERED: Final = 20_000
-"""How many changes and levels of changes one book keeps: an image is seconds old, not minutes."""
+"""How many changes and levels of changes one book keeps for its image, at most."""
+MAX_BUFFERED_US: Final = 30_000_000
+"""How old they may be: an image is seconds old when it comes, however long its turn took."""
 
 Continuity = Literal["contiguous", "chained", "streamed"]
 """How a venue's changes continue one another, and where its images come from.
@@ -182,6 +184,16 @@ class BookSynchronizer:
             self._forget_buffer()
             self._is_renewing = True
 
+    @property
+    def buffered(self) -> int:
+        """How many changes and levels of changes are kept for an image."""
+        return self._buffered
+
+    def cut(self, depth: int) -> None:
+        """Give up what lies below the best `depth` levels of a live book."""
+        if self.is_live and not self._is_renewing:
+            self.book.cut(depth)
+
     def _advance(self, depth: Depth) -> Outcome:
         rule = self._rule
         if rule.is_known(depth, self.update_id):
@@ -289,7 +301,10 @@ class BookSynchronizer:
     def _keep(self, depth: Depth) -> None:
         self._buffer.append(depth)
         self._buffered += _weight(depth)
-        while self._buffered > self._max_buffered and len(self._buffer) > 1:
+        oldest = depth.ts_recv - MAX_BUFFERED_US
+        while len(self._buffer) > 1 and (
+            self._buffered > self._max_buffered or self._buffer[0].ts_recv < oldest
+        ):
             self._buffered -= _weight(self._buffer.popleft())
 
     def _forget_buffer(self) -> None:

@@ -180,6 +180,7 @@ class Settings(BaseSettings):
     book_depth: Annotated[int, Field(ge=100, le=5000)] = 5000
     book_shard: Annotated[str, Field(pattern=r"^\d{1,4}/\d{1,4}\Z")] = "0/1"
     book_max_mb: Annotated[int, Field(ge=1)] = 1024
+    book_idle_minutes: Annotated[float, Field(ge=0)] = 60.0
     book_audit_seconds: Annotated[float, Field(ge=0)] = 60.0
 
     spool_dir: Path = Path(".sluice/spool")

@@ -33,6 +33,10 @@ class NotedImages(ImageQueue):
         assert symbol == "BTCUSDT"
         self.wanted.append(priority)
 
+    def forget(self, symbol: str) -> None:
+        assert symbol == "BTCUSDT"
+        self.wanted.clear()
+
     def want_newer(self, symbol: str, priority: Priority) -> None:
         self.want(symbol, priority)
 
@@ -264,3 +268,45 @@ def test_a_lost_book_goes_before_those_that_begin(rig: Rig) -> None:
     rig.image(3)
     rig.change(9, 9, 200)
     assert rig.images.wanted == [Priority.IMAGE, Priority.LIVE_IMAGE]
+
+
+def test_an_idle_book_keeps_what_is_read_and_is_renewed_at_its_next_change(rig: Rig) -> None:
+    rig.change(1, 5, 100)
+    rig.image(3, bids=50)
+    held = rig.keeper.latest()
+    assert rig.keeper.levels == 51
+    rig.keeper.cut_if_idle(START)
+    assert rig.keeper.levels == 51
+    rig.images.wanted.clear()
+    for _ in range(2):
+        rig.keeper.cut_if_idle(START + SECOND)
+        rig.keeper.renew_if_shallow(image_limit=100)
+        # 20 are published, and one ask is all there is.
+        assert (rig.keeper.levels, rig.keeper.is_live) == (21, True)
+        assert rig.keeper.latest() == held
+    assert rig.images.wanted == []
+    rig.change(6, 6, 2000, bid="8")
+    rig.keeper.cut_if_idle(START + SECOND)
+    rig.keeper.renew_if_shallow(image_limit=100)
+    assert rig.images.wanted == [Priority.IMAGE]
+    rig.change(7, 7, 2100, bid="7", ask="7")
+    rig.image(7, bids=50)
+    assert (rig.keeper.levels, rig.keeper.contradicted) == (51, 0)
+    assert rig.coverage.returns[1:] == []
+
+
+def test_a_book_without_memory_is_taken_back_and_its_window_named_when_it_returns(rig: Rig) -> None:
+    rig.change(1, 5, 100)
+    rig.image(3)
+    rig.keeper.drop()
+    assert (rig.keeper.is_live, rig.keeper.held, rig.keeper.latest()) == (False, 0, None)
+    assert len(rig.latest.lost_syncs) == 1
+    rig.change(6, 8, 900)
+    assert (rig.keeper.held, rig.keeper.changes, rig.images.wanted) == (0, 2, [])
+    assert "dropped" in rig.keeper.summary()
+    rig.keeper.take_up()
+    rig.change(9, 9, 1500)
+    rig.image(8)
+    back = rig.coverage.returns[-1]
+    assert (back.ts_lost, back.ts_live) == (START + 100_000, START + 1_500_000)
+    assert "BOOK_MAX_MB" in back.cause

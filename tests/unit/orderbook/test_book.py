@@ -118,6 +118,16 @@ def test_levels_below_the_trusted_ones_are_the_first_to_go() -> None:
     assert book.trusted_depth == 2
 
 
+def test_a_book_that_is_cut_knows_its_best_levels_only() -> None:
+    book = OrderBook()
+    book.load([("10", "1"), ("9", "1"), ("8", "1")], [("11", "1")])
+    book.cut(2)
+    assert book.levels == (2, 1)
+    assert (book.is_whole, book.trusted_depth) == (False, 2)
+    book.apply([("8", "2"), ("10", "0")], [("12", "1")])
+    assert book.top(9) == ([("9", "1")], [("11", "1"), ("12", "1")])
+
+
 def test_a_list_that_was_read_does_not_change_afterwards() -> None:
     book = OrderBook()
     book.load([("10", "1")], [("11", "1")])

@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 from orderbook.synchronizer import BookSynchronizer, Continuity, Outcome, State
@@ -194,6 +195,15 @@ def test_what_waits_is_bounded_and_the_newest_stays() -> None:
     sync.on_disconnect()
     sync.on_depth(diff(101, 101, bids=[("1", "1")] * 99))
     assert sync.on_image(image(100)) is Outcome.LIVE
+
+
+def test_what_waits_is_no_older_than_half_a_minute() -> None:
+    sync = BookSynchronizer("contiguous")
+    for at in range(1, 101):
+        sync.on_depth(msgspec.structs.replace(diff(at, at), ts_recv=at * 1_000_000))
+    assert sync.buffered == 31
+    assert sync.on_image(image(68)) is Outcome.IMAGE_TOO_OLD
+    assert sync.on_image(image(69)) is Outcome.LIVE
 
 
 def test_each_change_is_announced_while_the_book_still_stands_before_it() -> None:
