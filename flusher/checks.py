@@ -13,7 +13,12 @@ from sluice.schema import (
     version_numbers,
 )
 
-_DURABLE: Final = ("fsync", "full_page_writes")  # synchronous_commit the flusher sets for itself
+_LOST: Final = "rows it has confirmed can be lost when the machine stops"
+_DURABLE: Final = {
+    "fsync": _LOST,
+    "full_page_writes": _LOST,
+    "synchronous_commit": "the flusher turns it on for itself, other writers lose rows",
+}
 
 
 class UnfitDatabaseError(Exception):
@@ -52,10 +57,6 @@ async def check(connection: asyncpg.Connection) -> None:
             f"the schema is of version {schema}, this flusher writes version {SCHEMA_VERSION}: "
             f"{what}"
         )
-    for setting in _DURABLE:
+    for setting, consequence in _DURABLE.items():
         if await connection.fetchval("SELECT current_setting($1)", setting) == "off":
-            logger.warning(
-                "PostgreSQL runs with {} off: rows it has confirmed can be lost when the machine "
-                "stops",
-                setting,
-            )
+            logger.warning("PostgreSQL runs with {} off: {}", setting, consequence)
