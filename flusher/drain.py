@@ -26,6 +26,13 @@ BLOCKED_SECONDS: Final = 5.0
 MOST_SECONDS: Final = 30.0
 AWAY_SECONDS: Final = 2.0
 """The longest delay while a server is away: to knock costs it nothing, and the backlog waits."""
+_MOST_AFTER: Final = {
+    Verdict.AWAY: AWAY_SECONDS,
+    Verdict.DECLINED: AWAY_SECONDS,
+    Verdict.MISSING: 5.0,
+    Verdict.FULL: 8.0,
+}
+"""The longest delay after an error of a kind, where it is shorter."""
 STOPPING_SECONDS: Final = 0.5
 """The longest delay once the process is told to stop: there are only DRAIN_SECONDS left."""
 RARE_SECONDS: Final = 10.0
@@ -250,9 +257,7 @@ class Drain:
         """Say what went wrong, once, and give the delay before the next attempt."""
         kind, verdict = self.queue.kind, judge(error)
         self.counts.errors[verdict.value] = self.counts.errors.get(verdict.value, 0) + 1
-        delay = self._backoff.next_delay()
-        if verdict is Verdict.AWAY:
-            delay = min(delay, AWAY_SECONDS)
+        delay = min(self._backoff.next_delay(), _MOST_AFTER.get(verdict, MOST_SECONDS))
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         self._process.health.wait_for(kind, text)
         if verdict is Verdict.BUG:

@@ -12,6 +12,10 @@ class Verdict(Enum):
 
     AWAY = "away"
     """A server was not reached: the batch stays and is tried again soon, as asking costs little."""
+    DECLINED = "declined"
+    """A server answered, and would not begin: as if it were away."""
+    FULL = "full"
+    """A disk has no room: as transient, and tried again before long, for somebody makes room."""
     TRANSIENT = "transient"
     """A server answered and could not now: the batch stays and is tried again, for ever."""
     REJECTED = "rejected"
@@ -44,6 +48,12 @@ _VERDICTS = {
         asyncpg.InterfaceError,  # "connection is closed"
         asyncpg.InternalClientError,  # asyncpg #784: a backend died at an awkward moment
     ),
+    Verdict.DECLINED: (
+        asyncpg.TooManyConnectionsError,
+        asyncpg.ReadOnlySQLTransactionError,
+        asyncpg.LockNotAvailableError,  # it has waited for the lock, and is to be there when free
+    ),
+    Verdict.FULL: (asyncpg.DiskFullError,),
     Verdict.TRANSIENT: (
         asyncpg.TransactionRollbackError,
         asyncpg.OperatorInterventionError,

@@ -1,10 +1,12 @@
 """One connection to one table: a batch a transaction, and the rows it refuses set apart."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Final, Self
 
 import asyncpg
+from loguru import logger
 
 from flusher.errors import Verdict, judge, refused_line
 from flusher.markets import MarketName, Markets
@@ -16,12 +18,22 @@ from sluice.settings import Settings
 MOST_BLAMED: Final = 20
 """How often a batch is cut where COPY stumbled: beyond it most lines are bad, and halves do."""
 COMMAND_SECONDS: Final = 30.0
+SILENCE_SECONDS: Final = 2.0
+"""How long a statement may take before the server is asked whether it is still at work."""
 _SESSION: Final = {
     "application_name": "sluice-flusher",
     "statement_timeout": "30s",
     "lock_timeout": "5s",
     "idle_in_transaction_session_timeout": "60s",
 }
+_IS_AT_WORK: Final = """
+SELECT EXISTS (
+    SELECT FROM pg_stat_activity WHERE pid = $1 AND (
+        coalesce(state, '') NOT LIKE 'idle%'
+        OR state_change > clock_timestamp() - $2 * interval '1 second'
+    )
+)
+"""
 # An acknowledged row must survive a power cut; a stricter value than `on` is left as it is.
 _BE_DURABLE: Final = """
 SELECT set_config('synchronous_commit', 'on', false)
@@ -36,9 +48,13 @@ class Writer:
     again: close it and open another.
     """
 
-    def __init__(self, connection: asyncpg.Connection, table: Table) -> None:
+    def __init__(
+        self, connection: asyncpg.Connection, pid: int, settings: Settings, table: Table
+    ) -> None:
         self.markets = Markets(connection)
         self._connection = connection
+        self._pid = pid
+        self._settings = settings
         self._table = table
         self._turn = asyncio.Lock()  # a batch is prepared while another is written
 
@@ -51,10 +67,12 @@ class Writer:
         try:
             await connection.execute(_BE_DURABLE)
             await connection.execute(table.create_staging)
+            # As the server calls it: what the handshake tells may be a pooler's.
+            pid = await connection.fetchval("SELECT pg_backend_pid()")
         except BaseException:
             connection.terminate()
             raise
-        return cls(connection, table)
+        return cls(connection, pid, settings, table)
 
     def close(self) -> None:
         """Cut the connection without a word: the server may be frozen."""
@@ -63,18 +81,51 @@ class Writer:
     async def learn(self, names: Iterable[MarketName]) -> None:
         """Make sure that every market has an id."""
         if missing := self.markets.unknown(names):
-            async with self._turn:
+            async with self._turn, self._watched():
                 await self.markets.learn(missing)
 
     async def write(self, data: bytes) -> tuple[int, dict[int, str]]:
         """Write the lines; gives how many rows were new, and the reason of each refused line."""
-        async with self._turn:
+        async with self._turn, self._watched():
             try:
                 return await self._transaction(data), {}
             except Exception as error:
                 if judge(error) is not Verdict.REJECTED:
                     raise
             return await self._sift(data.splitlines(keepends=True))
+
+    @asynccontextmanager
+    async def _watched(self) -> AsyncIterator[None]:
+        """Cut the connection when an answer was lost: what waits for it fails at once.
+
+        A statement may be slow, so no time tells; the server is asked.
+        """
+        watch = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    async def _watch(self) -> None:
+        while await self._is_at_work():
+            pass
+        logger.warning("{}: an answer of PostgreSQL was lost on its way", self._table.name)
+        self._connection.terminate()
+
+    async def _is_at_work(self) -> bool:
+        """Tell, after a while, whether the server still does what it was asked, so far as known."""
+        await asyncio.sleep(SILENCE_SECONDS)
+        try:
+            connection = await connect_postgres(
+                self._settings, command_timeout=COMMAND_SECONDS, server_settings=_SESSION
+            )
+            try:
+                answer: bool = await connection.fetchval(_IS_AT_WORK, self._pid, SILENCE_SECONDS)
+            finally:
+                connection.terminate()
+        except Exception:  # noqa: BLE001  # whoever can not be asked; a statement has its time limit
+            return True
+        return answer
 
     async def _sift(self, lines: list[bytes]) -> tuple[int, dict[int, str]]:
         """Write what can be written, in parts, until every refused line stands alone."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from loguru import logger
@@ -160,9 +161,17 @@ async def _waits_for_a_lock(postgres: Database) -> bool:
     return bool(await fetch(postgres, "SELECT FROM pg_locks WHERE NOT granted"))
 
 
+@pytest.mark.parametrize("then", ["reset", "hang"])
 async def test_a_lost_reply_to_commit_or_ack_is_made_up_for(
-    redis_environment: dict[str, str], postgres: Database, redis: Redis
+    then: Literal["reset", "hang"],
+    redis_environment: dict[str, str],
+    postgres: Database,
+    redis: Redis,
+    log: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("flusher.writer.SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr("flusher.writer.COMMAND_SECONDS", 3600.0)  # nobody waits for it
     async with (
         Proxy(postgres.host, postgres.port, dialogue=PostgresDialogue) as to_postgres,
         Proxy(
@@ -182,20 +191,21 @@ async def test_a_lost_reply_to_commit_or_ack_is_made_up_for(
         async with flushing(environment) as flusher:
             await push(redis, [trade(1)])
             await drained(redis, "trade")
-            to_postgres.lose_reply(to=b"COMMIT", then="reset")
+            to_postgres.lose_reply(to=b"COMMIT", then=then)
             await push(redis, [trade(2)])
             await drained(redis, "trade")
             assert to_postgres.counts.lost_replies == 1
             await eventually(lambda: flusher.process.health.is_ready)
             assert "1 inserted, 1 duplicates" in flusher.process.statistics_line()
             # Of the two scripts that run while something is queued, the second is the ack.
-            to_redis.lose_reply(2, to=b"EVALSHA", then="reset")
+            to_redis.lose_reply(2, to=b"EVALSHA", then=then)
             await push(redis, [trade(3)])
             await eventually(lambda: to_redis.counts.lost_replies == 1)
             await drained(redis, "trade")
             await push(redis, [trade(4)])
             await drained(redis, "trade")
             await flusher.stop()
+    assert any("was lost on its way" in line for line in log) is (then == "hang")
     assert await stored_ids(postgres) == [1, 2, 3, 4]
     balance = await RecordQueue(redis, "trade").balance()
     assert (balance.pushed, balance.acked, balance.dead, balance.length) == (4, 4, 0, 0)

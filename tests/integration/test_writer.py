@@ -9,6 +9,7 @@ from flusher.tables import TABLES
 from flusher.writer import Writer
 from sluice import records
 from sluice.settings import Settings
+from tests.faults.postgres_faults import table_locked
 from tests.faults.waiting import eventually
 from tests.integration.flusher_rig import SYMBOL, connected, fetch, stored_ids, trade
 from tests.servers import Database
@@ -68,3 +69,36 @@ async def test_two_writers_of_the_same_rows_never_wait_for_each_other_in_a_circl
         second.close()
     assert sorted(written) == [(0, {}), (3, {})]
     assert await stored_ids(postgres) == [0, 1, 2, 3]
+
+
+async def test_a_slow_statement_is_not_taken_for_a_lost_answer(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[bool] = []
+    look = Writer._is_at_work  # noqa: SLF001  # to count its answers
+
+    async def counted(writer: Writer) -> bool:
+        looks.append(await look(writer))
+        return looks[-1]
+
+    monkeypatch.setattr(Writer, "_is_at_work", counted)
+    monkeypatch.setattr(flusher.writer, "SILENCE_SECONDS", 0.02)
+    monkeypatch.setitem(flusher.writer._SESSION, "lock_timeout", "120s")  # noqa: SLF001  # to be patient
+    settings = Settings.model_validate(
+        {name.lower(): value for name, value in postgres.environment.items()}
+    )
+    table = TABLES["trade"]
+    writer = await Writer.open(settings, table)
+    try:
+        await writer.learn([MARKET])
+        ((market_id,),) = await fetch(postgres, "SELECT market_id FROM markets")
+        line = table.lines([market_id], [records.decode_row("trade", trade(1))])
+        assert line is not None
+        looks.clear()
+        async with table_locked(postgres, "trades"):
+            writing = asyncio.create_task(writer.write(line))
+            await eventually(lambda: len(looks) >= 3)
+        assert await writing == (1, {})
+        assert all(looks)
+    finally:
+        writer.close()
