@@ -122,6 +122,13 @@ class _Side:
         """Give the best levels as `top` does, and leave the window as narrow as it is."""
         return [self.trusted[key] for key in sorted(self.trusted)[:depth]]
 
+    def known_top(self, depth: int) -> list[Level]:
+        """Give the best levels that are known, trusted or not."""
+        if len(self.trusted) >= depth or not self.beyond:
+            return self.top(depth)
+        held = self.trusted | self.beyond
+        return [held[key] for key in sorted(held)[:depth]]
+
     def best(self) -> Level | None:
         key = self.best_key()
         return None if key is None else self.trusted[key]
@@ -246,6 +253,17 @@ class OrderBook:
         The lists are the caller's to read and to keep, not to change.
         """
         return self._bids.top(depth), self._asks.top(depth)
+
+    def known_top(self, depth: int) -> tuple[list[Level], list[Level]]:
+        """Give up to `depth` bids and asks as `top` does, and go on below with what is known.
+
+        Among those beyond `trusted_depth` levels may be missing. Where they would cross, one of
+        them is long gone, and what can be trusted is all there is.
+        """
+        bids, asks = self._bids.known_top(depth), self._asks.known_top(depth)
+        if bids and asks and Decimal(bids[0][0]) >= Decimal(asks[0][0]):
+            return self.top(depth)
+        return bids, asks
 
     @property
     def best_bid(self) -> Level | None:

@@ -87,10 +87,20 @@ class _Held(NamedTuple):
 
 
 class BookKeeper:
-    """Keeps one market's book and hands on its rows, its latest top and its windows missed."""
+    """Keeps one market's book and hands on its rows, its latest top and its windows missed.
+
+    Rows hold what can be trusted. Where no image can be had to renew a book that has run shallow,
+    `shows_untrusted` has them go on below with what is known; `trusted_depth` tells them apart.
+    """
 
     def __init__(
-        self, market: Market, continuity: Continuity, settings: Settings, outlets: Outlets
+        self,
+        market: Market,
+        continuity: Continuity,
+        settings: Settings,
+        outlets: Outlets,
+        *,
+        shows_untrusted: bool = False,
     ) -> None:
         self.market = market
         self.changes = 0
@@ -106,6 +116,7 @@ class BookKeeper:
         self._outlets = outlets
         self._depth = settings.snapshot_depth
         self._published_depth = settings.publish_depth
+        self._shows_untrusted = shows_untrusted
         self._sync = BookSynchronizer(
             continuity, before_event=self._before_event, max_levels=settings.book_depth
         )
@@ -304,7 +315,8 @@ class BookKeeper:
 
     def _write_row(self, instant: int) -> None:
         sync = self._sync
-        bids, asks = sync.book.top(self._depth)
+        top = sync.book.known_top if self._shows_untrusted else sync.book.top
+        bids, asks = top(self._depth)
         self._outlets.publisher.put(
             OrderbookSnapshot(
                 self.market.exchange,

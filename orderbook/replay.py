@@ -1,8 +1,9 @@
 """`python -m orderbook.replay`: the books of a recording, to Redis lists.
 
 Nothing is asked for: an image is where the recording has one, and every later one is compared with
-the book and renews it. The rows of a market end at the first instant of the grid after its last
-change.
+the book and renews it. Where a book has run out of what its image showed, rows go on with the
+levels that changes named, beyond their `trusted_depth`. The rows of a market end at the first
+instant of the grid after its last change.
 """
 
 import asyncio
@@ -147,7 +148,11 @@ class Books:
         if keeper is None:
             market = Market(self._exchange.name, symbol)
             keeper = self._keepers[symbol] = BookKeeper(
-                market, self._exchange.continuity, self._settings, self._outlets
+                market,
+                self._exchange.continuity,
+                self._settings,
+                self._outlets,
+                shows_untrusted=True,
             )
         return keeper
 

@@ -35,8 +35,8 @@ _LINE: Final = re.compile(rb"(\d{16}|\d{19}) (\{.*)\Z", re.DOTALL)
 _CAPTURED: Final = re.compile(
     rb"(?:(?P<url>\S+) -> )?(?P<time>\d+\.\d+): (?P<body>.*)\Z", re.DOTALL
 )
-_ASIDE: Final = re.compile(rb"\S+ <-|configuration: ")
-"""Lines of a capture that are no traffic from the venue: connects, requests, its settings."""
+_ASIDE: Final = re.compile(rb"\S+ <-|configuration: |\Z")
+"""Lines that are no traffic from the venue: connects, requests, settings, none at all."""
 _DEPTH_URL: Final = re.compile(rb"/depth\?symbol=(\w+)&limit=(\d+)")
 
 

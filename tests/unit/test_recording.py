@@ -90,7 +90,7 @@ def test_captures_of_sockets_and_rest_are_read(tmp_path: Path) -> None:
             b"wss://stream <- 1790000000.1: {}\n"
             b"https://api/api/v3/depth?symbol=BTCUSDT&limit=1000 -> 1790000000.25: " + IMAGE + b"\n"
             b"https://api/api/v3/exchangeInfo -> 1790000000.5: {}\n"
-            b"1790000000.75: " + FRAME + b"\n"
+            b"1790000000.75: " + FRAME + b"\n\n"
         )
 
     assert list(read_lines(path)) == [

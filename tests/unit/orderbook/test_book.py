@@ -305,3 +305,24 @@ BookAgainstModel.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestBookAgainstModel = BookAgainstModel.TestCase
+
+
+def test_what_is_known_goes_on_below_what_can_be_trusted() -> None:
+    book = OrderBook()
+    book.load([("10", "1"), ("9", "1")], [("11", "1"), ("12", "1")], limit=2)
+    book.apply([("10", "0"), ("8", "1"), ("7", "1")], [("13", "1")])
+
+    assert book.top(3) == ([("9", "1")], [("11", "1"), ("12", "1")])
+    assert book.known_top(3) == (
+        [("9", "1"), ("8", "1"), ("7", "1")],
+        [("11", "1"), ("12", "1"), ("13", "1")],
+    )
+    assert book.trusted_depth == 1
+
+
+def test_levels_that_would_cross_are_not_shown() -> None:
+    book = OrderBook()
+    book.load([("10", "1")], [("11", "1")], limit=1)
+    book.apply([("10", "0"), ("9", "1")], [("5", "1")])
+
+    assert book.known_top(2) == book.top(2) == ([], [("5", "1"), ("11", "1")])
