@@ -607,9 +607,13 @@ def _micros(time_ms: int) -> int:
     return time_ms * MICROS_PER_MS
 
 
+# The same prices come again and again, and are most of what a change of a book costs.
+_is_price: Final = functools.lru_cache(maxsize=1 << 16)(is_positive)
+
+
 def _check_levels(levels: list[Level]) -> None:
     for price, size in levels:
-        if not (is_positive(price) and is_decimal(size)):
+        if not (_is_price(price) and is_decimal(size)):
             raise BadFrameError(f"level {price!r:.60} {size!r:.60}")
 
 
