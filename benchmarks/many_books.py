@@ -284,15 +284,15 @@ async def measure(options: argparse.Namespace, server: RedisServer, directory: P
             before = await spent()
             await asyncio.sleep(options.seconds)
             after = await spent()
-            span, sent, spent_by_books, of_redis, own = map(operator.sub, after, before)
+            span, sent, of_books, of_redis, own = map(operator.sub, after, before)
             late = exchange.late
             reading.cancel()
             resident = resident_mb(running.pid)
             unseen = sum(len(market.pending) for market in markets)
     print(f"sent        {sent / span:,.0f} changes/s, {options.touched} levels each")
     print(f"memory      {resident:,.0f} MB resident")
-    per_change = spent_by_books / sent * 1e6
-    print(f"CPU         {100 * spent_by_books / span:.0f} % of a core, {per_change:.0f} us a change")
+    per_change = of_books / sent * 1e6
+    print(f"CPU         {100 * of_books / span:.0f} % of a core, {per_change:.0f} us a change")
     print(f"            Redis {100 * of_redis / span:.0f} %, this feed {100 * own / span:.0f} %")
     shares = ", ".join(
         f"p{share * 100:g} {percentile(reader.seconds, share) * 1e3:.0f}"
