@@ -459,6 +459,21 @@ async def test_the_cost_of_a_trade_walks_the_book(
     assert abs(row["slippage_bps"] - 100 * abs(average - 100)) < Decimal("1e-9")
 
 
+async def test_a_book_of_one_side_has_a_cost_there_and_no_mid(
+    database: asyncpg.Connection,
+) -> None:
+    no_bids = GOOD["orderbook_snapshots"] | {"bid_prices": [], "bid_sizes": []}
+    await insert(database, "orderbook_snapshots", [no_bids])
+
+    bought = await database.fetchrow("SELECT * FROM trade_cost(1, $1, 'buy', 4)", DAY)
+    sold = await database.fetch("SELECT * FROM trade_cost(1, $1, 'sell', 4)", DAY)
+
+    assert bought is not None
+    assert (bought["filled"], bought["cost"]) == (Decimal(4), Decimal("405.5"))
+    assert bought["slippage_bps"] is None
+    assert sold == []
+
+
 async def test_a_trade_before_the_first_book_has_no_cost(database: asyncpg.Connection) -> None:
     await insert(database, "orderbook_snapshots", [GOOD["orderbook_snapshots"]])
 

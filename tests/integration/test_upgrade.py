@@ -3,13 +3,17 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+from redis.asyncio import Redis
 
 from sluice import schema
 from sluice.schema import SCHEMA_VERSION, Migration, SchemaError, read_migrations, upgrade
+from tests.faults.waiting import eventually
 from tests.integration.conftest import Server
+from tests.integration.flusher_rig import drained, flushing, push, trade
 from tests.servers import SCHEMA, fresh_database
 
 FIRST_SCHEMA = (Path(__file__).resolve().parents[1] / "data" / "schema-v1.sql").read_text()
@@ -127,6 +131,37 @@ async def test_an_upgrade_does_not_wait_for_a_writer(old: str) -> None:
     finally:
         await connection.close()
         await writer.close()
+
+
+async def test_a_newer_flusher_waits_for_the_upgrade_and_goes_on(
+    old: str, redis_environment: dict[str, str], redis: Redis
+) -> None:
+    parts = urlsplit(old)
+    environment = {
+        "POSTGRES_HOST": str(parts.hostname),
+        "POSTGRES_PORT": str(parts.port),
+        "POSTGRES_USER": str(parts.username),
+        "POSTGRES_PASSWORD": parts.password or "",
+        "POSTGRES_DB": parts.path.removeprefix("/"),
+        "POSTGRES_SSLMODE": "disable",
+    }
+    connection = await asyncpg.connect(old)
+    try:
+        await _make_old(connection)
+        await push(redis, [trade(number) for number in range(2, 100)])
+        async with flushing({**redis_environment, **environment}) as flusher:
+            await eventually(
+                lambda: any(
+                    "run `sluice db upgrade`" in reason for reason in flusher.process.health.reasons
+                )
+            )
+
+            await upgrade(connection, print)
+
+            await drained(redis, "trade")
+        assert await connection.fetchval("SELECT count(*) FROM trades") == 99
+    finally:
+        await connection.close()
 
 
 async def test_an_older_schema_is_not_stamped_by_the_newer_file(old: str) -> None:
