@@ -1,5 +1,8 @@
 """Holes are filled from REST, by id, newest first, a page at a time.
 
+Ids that are no longer served one by one are looked for in the venue's aggregates before they are
+called absent or lost.
+
 Nothing is remembered between pages: each begins with the holes as Redis has them, so a kill at any
 point costs one page. What a page proves is decided by `read_page`, a function of values.
 """
@@ -7,17 +10,27 @@ point costs one page. What a page proves is decided by `read_page`, a function o
 import asyncio
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
+import asyncpg
 from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from collector.ledger import TRADE, Ledger, covers, gaps_key
+from collector.aggregates import (
+    Aggregates,
+    NotYetKnownError,
+    Range,
+    UnorderedPageError,
+    Walk,
+    overlap,
+    remainder,
+)
+from collector.ledger import MOST_CAUSE, TRADE, Ledger, covers, gaps_key
 from sluice import failpoints, records
 from sluice.backoff import Backoff
 from sluice.budget import Priority
@@ -36,7 +49,12 @@ SIGHTINGS: Final = 3
 """How often an answer must pass an id over before it is absent: REST lags behind the socket."""
 REFUSALS: Final = 5
 """How often the venue must refuse to serve an id before it is lost."""
+MOST_PAGES: Final = 20
+"""How many pages of aggregates one hole may take before the next hole has its turn."""
 LEASE_MS: Final = 20_000
+UNSERVED: Final = frozenset({"forbidden", "rejected", "no_such_symbol", "not_found"})
+"""Refusals that say nothing of when it might be served."""
+OF_AGGREGATES: Final = "stored as aggregates, as the raw trades are no longer served"
 _RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 """
@@ -52,12 +70,8 @@ class Page:
     """
 
     trades: list[Trade]
-    missing: list[tuple[int, int]]
+    missing: list[Range]
     is_last: bool
-
-
-class UnorderedPageError(ValueError):
-    """The answer does not ascend from the id asked for; nothing in it proves anything."""
 
 
 def read_page(hole: Hole, trades: Sequence[Trade], page_size: int) -> Page:
@@ -68,7 +82,7 @@ def read_page(hole: Hole, trades: Sequence[Trade], page_size: int) -> Page:
     """
     expected = hole.first
     within: list[Trade] = []
-    missing: list[tuple[int, int]] = []
+    missing: list[Range] = []
     for trade in trades:
         if trade.first_id < expected or trade.trade_id < trade.first_id:
             raise UnorderedPageError(f"id {trade.first_id} where at least {expected} was due")
@@ -95,7 +109,9 @@ class _Attempts:
     backoff: Backoff = field(default_factory=lambda: Backoff(RETRY_SECONDS, MOST_RETRY_SECONDS))
     due: float = 0.0
     refusals: int = 0
-    sightings: Counter[tuple[int, int]] = field(default_factory=Counter)
+    aggregate_refusals: int = 0
+    empty: int = 0
+    sightings: Counter[Range] = field(default_factory=Counter)
 
 
 class Backfill:
@@ -106,16 +122,24 @@ class Backfill:
     """
 
     def __init__(
-        self, redis: Redis, ledgers: Sequence[Ledger], venues: Mapping[str, Venue], settle_ms: int
+        self,
+        redis: Redis,
+        ledgers: Sequence[Ledger],
+        venues: Mapping[str, Venue],
+        settle_ms: int,
+        aggregates: Aggregates | None = None,
     ) -> None:
         self._redis = redis
         self._ledgers = ledgers
         self._venues = venues
         self._settle_ms = settle_ms
+        self._aggregates = aggregates
         self._queue = RecordQueue(redis, TRADE)
         self._token = uuid.uuid4().hex
         self._release = redis.register_script(_RELEASE)
         self._attempts: dict[tuple[str, int], _Attempts] = {}
+        self._unserved_until: dict[str, int] = defaultdict(lambda: -1)
+        """Up to which id of each stream the venue has passed over everything asked for."""
         self.pages = 0
         self.filled = 0
         self.open_gaps = 0
@@ -152,7 +176,7 @@ class Backfill:
             attempts = self._attempts.setdefault((ledger.field, hole.first), _Attempts())
             if attempts.due > time.monotonic():
                 continue
-            lease = f"{PREFIX}:lease:backfill:{ledger.field}"
+            lease = _lease(ledger)
             if not await self._redis.set(lease, self._token, nx=True, px=LEASE_MS):
                 continue
             try:
@@ -174,50 +198,177 @@ class Backfill:
         return [ledger for ledger, holes, gaps in pairs if holes or gaps]
 
     async def _fetch(self, hole: Hole, gap: Gap, ledger: Ledger, attempts: _Attempts) -> None:
+        """Ask for one page of a hole, or for aggregates where the venue is known to have no more.
+
+        What it does not answer is postponed, and explained once that is certain.
+        """
+        if hole.first <= (last := self._unserved_until[ledger.field]):
+            ids = (hole.first, min(hole.last, last))
+            if await self._from_aggregates(ids, gap, ledger, attempts) != []:
+                del self._unserved_until[ledger.field]
+            return
         venue = self._venues[ledger.market.exchange]
         symbol, size = ledger.market.symbol, venue.exchange.history_page
         request = venue.exchange.history_request(symbol, hole.first, size)
-        await ledger.tried(gap)
+        gap = await ledger.tried(gap)
         self.pages += 1
         try:
             body = await venue.rest.get(request, Priority.BACKFILL)
             page = read_page(hole, venue.exchange.read_trades(symbol, body, now_micros()), size)
         except RestError as error:
-            await self._refused(error, hole, ledger, attempts)
+            await self._refused(error, hole, gap, ledger, attempts)
             return
         except (BadFrameError, UnorderedPageError) as error:
-            delay = self._postpone(attempts)
-            logger.warning("{}: a bad page, asking again in {:.1f} s: {}", gap.gap_id, delay, error)
+            self._postpone(gap, attempts, error)
             return
-        await failpoints.reach("backfill.page_read")
-        if page.trades:
-            items = [records.encode(trade) for trade in page.trades]
-            await self._queue.push(items, contiguous(page.trades))
-            await failpoints.reach("backfill.page_pushed")
-            self.filled += len(items)
+        await self._take(page.trades)
         for missing in page.missing:
             attempts.sightings[missing] += 1
             if attempts.sightings[missing] >= SIGHTINGS:
-                await ledger.explain(*missing, "absent", "the exchange has no such id")
+                why = "the exchange has no such id"
+                await self._give_up(missing, "absent", why, gap, ledger, attempts)
         if not page.trades and (page.missing or page.is_last):
-            self._postpone(attempts)
+            self._postpone(gap, attempts)
+            attempts.empty += not page.missing
+            if attempts.empty >= REFUSALS:
+                attempts.empty = 0
+                await self._from_aggregates((hole.first, hole.last), gap, ledger, attempts)
+
+    async def _take(self, trades: Sequence[Trade]) -> None:
+        """Push what a page holds of the holes."""
+        await failpoints.reach("backfill.page_read")
+        if not trades:
+            return
+        await self._queue.push([records.encode(trade) for trade in trades], contiguous(trades))
+        await failpoints.reach("backfill.page_pushed")
+        self.filled += len(trades)
 
     async def _refused(
-        self, error: RestError, hole: Hole, ledger: Ledger, attempts: _Attempts
+        self, error: RestError, hole: Hole, gap: Gap, ledger: Ledger, attempts: _Attempts
     ) -> None:
-        delay = self._postpone(attempts)
+        self._postpone(gap, attempts, error)
         kind = error.refusal.kind if error.refusal else None
-        logger.warning("{}: asking again in {:.1f} s: {}", ledger.field, delay, error)
-        if kind not in ("forbidden", "rejected", "no_such_symbol"):
+        if kind not in UNSERVED:
             return
         attempts.refusals += 1
-        if attempts.refusals >= REFUSALS:
-            logger.error(
-                "{}: trades {} to {} are lost: {}", ledger.field, hole.first, hole.last, error
-            )
-            await ledger.explain(hole.first, hole.last, "lost", str(error)[:200])
+        if attempts.refusals < REFUSALS:
+            return
+        ids = (hole.first, hole.last)
+        if kind == "not_found":
+            # A path that is not there may be there again: nothing is given up for it.
+            await self._from_aggregates(ids, gap, ledger, attempts)
+        else:
+            await self._give_up(ids, "lost", str(error), gap, ledger, attempts)
 
-    def _postpone(self, attempts: _Attempts) -> float:
+    async def _give_up(  # noqa: PLR0917  # what is given up, what is said of it, and whose it is
+        self,
+        ids: Range,
+        status: Literal["absent", "lost"],
+        cause: str,
+        gap: Gap,
+        ledger: Ledger,
+        attempts: _Attempts,
+    ) -> None:
+        """Explain ids that are not served, but for those that aggregates still hold."""
+        left: list[Range] | None = [ids]
+        if self._aggregates is not None:
+            left = await self._from_aggregates(ids, gap, ledger, attempts)
+        for first, last in left or []:
+            if status == "lost":
+                logger.error("{}: trades {} to {} are lost: {}", ledger.field, first, last, cause)
+            await ledger.explain(first, last, status, cause[:MOST_CAUSE])
+
+    async def _from_aggregates(
+        self, ids: Range, gap: Gap, ledger: Ledger, attempts: _Attempts
+    ) -> list[Range] | None:
+        """Fill ids from aggregates; gives those that have none, or None where that is unsure.
+
+        A venue that has often refused to serve them has none.
+        """
+        if self._aggregates is None:
+            return None
+        try:
+            return await self._walk(self._aggregates, ids, gap, ledger)
+        except (NotYetKnownError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            self._postpone(gap, attempts, error)
+        except ValueError as error:
+            # A page that is none, or rows that contradict it.
+            self._postpone(gap, attempts, error)
+        except RestError as error:
+            self._postpone(gap, attempts, error)
+            if error.refusal and error.refusal.kind in UNSERVED - {"not_found"}:
+                attempts.aggregate_refusals += 1
+                if attempts.aggregate_refusals >= REFUSALS:
+                    return overlap(await _ranges(ledger), ids)
+        return None
+
+    async def _walk(
+        self, aggregates: Aggregates, ids: Range, gap: Gap, ledger: Ledger
+    ) -> list[Range]:
+        venue = self._venues[ledger.market.exchange]
+        walk = Walk(ids)
+        doubts: list[NotYetKnownError] = []
+        pages = aggregates.pages(venue.exchange, venue.rest, ledger.market, ids)
+        async with aclosing(pages):
+            count = 0
+            async for page in pages:
+                self.pages += 1
+                count += 1
+                await self._redis.pexpire(_lease(ledger), LEASE_MS)
+                added = walk.read(page)
+                gap = await self._store(aggregates, added, gap, ledger, doubts)
+                if count == MOST_PAGES or walk.is_done:
+                    break
+        if doubts:
+            raise doubts[0]
+        holes = await _ranges(ledger)
+        return [part for each in walk.passed_over for part in overlap(holes, each)]
+
+    async def _store(  # a page, what is worked on, and what stays open
+        self,
+        aggregates: Aggregates,
+        page: Sequence[Trade],
+        gap: Gap,
+        ledger: Ledger,
+        doubts: list[NotYetKnownError],
+    ) -> Gap:
+        """Push what is missing of a page of aggregates; gives the gap as it is known then."""
+        holes = await _ranges(ledger)
+        trades: list[Trade] = []
+        merged: list[tuple[Range, int]] = []
+        for aggregate in page:
+            missing = overlap(holes, (aggregate.first_id, aggregate.trade_id))
+            if missing == [(aggregate.first_id, aggregate.trade_id)]:
+                trades.append(aggregate)
+            elif missing:
+                held = await aggregates.held(ledger.market, aggregate)
+                try:
+                    rest = remainder(aggregate, missing, held)
+                except NotYetKnownError as error:
+                    doubts.append(error)
+                    continue
+                trades += [rest.trade] if rest.trade else []
+                merged += [(part, aggregate.trade_id) for part in rest.merged]
+        if trades:
+            gap = await ledger.tried(gap, OF_AGGREGATES)
+            known = self._unserved_until[ledger.field]
+            self._unserved_until[ledger.field] = max(known, trades[-1].trade_id)
+        await self._take(trades)
+        for part, last in merged:
+            why = f"their quantity is in the row of the aggregate that ends with {last}"
+            await ledger.explain(*part, "lost", why)
+        return gap
+
+    def _postpone(self, gap: Gap, attempts: _Attempts, error: Exception | None = None) -> None:
         delay = attempts.backoff.next_delay()
         attempts.due = time.monotonic() + delay
-        return delay
+        if error is not None:
+            logger.warning("{}: asking again in {:.1f} s: {}", gap.gap_id, delay, error)
+
+
+async def _ranges(ledger: Ledger) -> list[Range]:
+    return [(hole.first, hole.last) for hole in await ledger.holes()]
+
+
+def _lease(ledger: Ledger) -> str:
+    return f"{PREFIX}:lease:backfill:{ledger.field}"

@@ -19,6 +19,8 @@ from sluice.records import Gap
 from sluice.settings import Market
 
 TRADE: Final = "trade"
+MOST_CAUSE: Final = 200
+"""The most characters of a cause that a record takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,12 @@ class Ledger:
             gaps.remove(gap)
         return gaps
 
-    async def tried(self, gap: Gap) -> None:
-        """Count an attempt at a gap."""
-        await self._keep(_revised(gap, tries=gap.tries + 1))
+    async def tried(self, gap: Gap, note: str = "") -> Gap:
+        """Count an attempt at a gap; a note, if it is new, is added to the cause. Gives the gap."""
+        cause = gap.cause if note in gap.cause else f"{gap.cause}; {note}"[:MOST_CAUSE]
+        gap = _revised(gap, tries=gap.tries + 1, cause=cause)
+        await self._keep(gap)
+        return gap
 
     async def explain(
         self, first: int, last: int, status: Literal["absent", "lost"], cause: str
@@ -121,7 +126,7 @@ class Ledger:
         """
         whole = [gap for gap in await self.open_gaps() if _range(gap) == (first, last)]
         for gap in whole:
-            why = f"{gap.cause}; {cause}"[:200]
+            why = f"{gap.cause}; {cause}"[:MOST_CAUSE]
             await self._push(_revised(gap, status=status, cause=why, ts_closed=now_micros()))
             await self._redis.hdel(self._gaps_key, gap.gap_id)
         if not whole:

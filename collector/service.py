@@ -11,6 +11,7 @@ from typing import Final
 from loguru import logger
 from prometheus_client.core import Metric
 
+from collector.aggregates import Aggregates
 from collector.anchors import Anchors
 from collector.backfill import Backfill, Venue
 from collector.ledger import TRADE, Ledger
@@ -226,7 +227,9 @@ async def run(process: Process) -> None:
         ledgers = [
             Ledger(redis, market) for market in settings.markets if TRADE in settings.streams
         ]
-        collector.backfill = Backfill(redis, ledgers, venues, settings.gap_settle_ms)
+        collector.backfill = Backfill(
+            redis, ledgers, venues, settings.gap_settle_ms, Aggregates(settings)
+        )
         collector.liveness = Liveness(redis, venues, collector.last_seen, collector.renew)
         collector.skew = ClockSkew(venues)
         anchors = Anchors(redis, ledgers, venues, publisher.first_pushed, settings)

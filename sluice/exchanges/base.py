@@ -80,7 +80,13 @@ class Refusal(msgspec.Struct, frozen=True):
     """Why the venue did not answer a request, and how long to stay away (seconds)."""
 
     kind: Literal[
-        "rate_limited", "banned", "forbidden", "no_such_symbol", "rejected", "unavailable"
+        "rate_limited",
+        "banned",
+        "forbidden",
+        "no_such_symbol",
+        "not_found",
+        "rejected",
+        "unavailable",
     ]
     message: str
     retry_after: float | None = None

@@ -562,13 +562,15 @@ class BinanceSpot:
 
 _SERVER_ERROR: Final = 500
 _INVALID_SYMBOL: Final = -1121
-_Kind = Literal["rate_limited", "banned", "forbidden", "no_such_symbol", "rejected", "unavailable"]
+_Kind = Literal[
+    "rate_limited", "banned", "forbidden", "no_such_symbol", "not_found", "rejected", "unavailable"
+]
 _REFUSALS: Final[dict[int, _Kind]] = {
     429: "rate_limited",
     418: "banned",
     401: "forbidden",
     403: "unavailable",  # the firewall's page, a passing thing
-    404: "unavailable",
+    404: "not_found",  # a host for market data only does not serve every path
     451: "unavailable",
 }
 _banned_until = re.compile(r"until ([0-9]{13})").search

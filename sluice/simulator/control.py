@@ -2,11 +2,11 @@
 
 GET `status`, `truth?symbol=`, `trades?symbol=&from=&limit=`, `book?symbol=&update_id=&limit=`,
 `requests`, `faults`; POST with JSON bodies `faults`, `rates`, `quiet`, `source`, `rate`,
-`hide`, `skew`, `pardon`.
+`hide`, `retire`, `skew`, `pardon`.
 """
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -43,6 +43,7 @@ class Control:
             web.post("/control/source", self._source),
             web.post("/control/rate", self._rate),
             web.post("/control/hide", self._hide),
+            web.post("/control/retire", self._retire),
             web.post("/control/skew", self._skew),
             web.post("/control/pardon", self._pardon),
         ]
@@ -89,6 +90,7 @@ class Control:
                 "trades": truth.count(symbol),
                 "withheld": ranges(truth.withheld(symbol)),
                 "hidden": ranges(truth.hidden(symbol)),
+                "retired": ranges(truth.retired(symbol)),
                 "update_id": truth.update_id(symbol),
             }
         )
@@ -192,9 +194,12 @@ class Control:
 
     async def _hide(self, request: web.Request) -> web.Response:
         """`{"symbol":"BTCUSDT","from_id":1,"to_id":9}`: REST serves these ids no more."""
-        wanted = await request.json()
-        ids = range(int(wanted["from_id"]), int(wanted["to_id"]) + 1)
-        self._simulator.exchange.hide(wanted["symbol"], list(ids))
+        self._simulator.exchange.hide(*_ids(await request.json()))
+        return web.json_response({})
+
+    async def _retire(self, request: web.Request) -> web.Response:
+        """`{"symbol":"BTCUSDT","from_id":1,"to_id":9}`: only aggregates hold these ids still."""
+        self._simulator.exchange.retire(*_ids(await request.json()))
         return web.json_response({})
 
     async def _skew(self, request: web.Request) -> web.Response:
@@ -216,3 +221,7 @@ class Control:
         if symbol not in self._simulator.truth.symbols:
             raise web.HTTPNotFound(text=json.dumps(self._simulator.truth.symbols))
         return symbol
+
+
+def _ids(wanted: dict[str, Any]) -> tuple[str, list[int]]:
+    return wanted["symbol"], list(range(int(wanted["from_id"]), int(wanted["to_id"]) + 1))

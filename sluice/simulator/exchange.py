@@ -36,6 +36,7 @@ class Exchange:
         self.faults = Faults(config.fault_seed, config.fault_rates, now=self.now, log=self.log)
         self.hub = Hub(self.faults)
         self.hidden: dict[str, set[int]] = {}  # trade ids by symbol that REST does not serve
+        self.retired: dict[str, set[int]] = {}  # likewise, but served within aggregates
         self.requests: deque[Request] = deque(maxlen=REQUESTS)
         self.skew = 0  # milliseconds between the printed clock and the true one
         self.rate = config.rate
@@ -86,8 +87,13 @@ class Exchange:
             feed.skew = skew
         self.faults.record("skew", milliseconds=skew)
 
+    def retire(self, symbol: str, ids: list[int]) -> None:
+        """Let REST serve these trades within aggregates only."""
+        self.retired.setdefault(symbol, set()).update(ids)
+        self.faults.record("retire", symbol=symbol, trade_ids=ids)
+
     def hide(self, symbol: str, ids: list[int]) -> None:
-        """Let REST serve these trades no more."""
+        """Let REST serve these trades no more, nor aggregates that hold one of them."""
         self.hidden.setdefault(symbol, set()).update(ids)
         self.faults.record("hide", symbol=symbol, trade_ids=ids)
 

@@ -29,7 +29,7 @@ REST = frozenset({
     "rest_html", "rest_empty", "rest_truncated", "rest_stall", "rest_cut", "empty_page",
     "endless_page", "stale_snapshot",
 })  # fmt: skip
-STANDING = frozenset({"hide", "skew"})  # in force until changed, see `Exchange`
+STANDING = frozenset({"hide", "retire", "skew"})  # in force until changed, see `Exchange`
 KINDS = MESSAGE | CONNECTION | HANDSHAKE | CONTROL | REST | STANDING
 
 

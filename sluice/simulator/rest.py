@@ -272,7 +272,9 @@ class Rest:
         from_id = _number(request, "fromId", -1)
         if from_id < 0:
             return 25, self._newest(tape, limit)
-        shown = islice(self._shown(tape, tape.trades.since(from_id)), limit)
+        retired = self._exchange.retired.get(tape.symbol, ())
+        served = self._shown(tape, tape.trades.since(from_id))
+        shown = islice((trade for trade in served if trade.id not in retired), limit)
         return 25, [payloads.trade_row(trade) for trade in shown]
 
     def _newest(self, tape: Tape, limit: int) -> list[dict[str, object]]:
@@ -292,13 +294,17 @@ class Rest:
         rows = tape.aggs
         if from_id >= 0:
             first = bisect_left(rows, from_id, key=lambda row: row.id)
-            return 4, _agg_rows(rows[first : first + limit])
-        if start is not None:
-            first = bisect_left(rows, start, key=lambda row: row.time)
             picked = rows[first : first + limit]
-            return 4, _agg_rows(row for row in picked if end is None or row.time <= end)
-        last = len(rows) if end is None else bisect_right(rows, end, key=lambda row: row.time)
-        return 4, _agg_rows(rows[max(0, last - limit) : last])
+        elif start is not None:
+            first = bisect_left(rows, start, key=lambda row: row.time)
+            picked = [row for row in rows[first : first + limit] if end is None or row.time <= end]
+        else:
+            last = len(rows) if end is None else bisect_right(rows, end, key=lambda row: row.time)
+            picked = rows[max(0, last - limit) : last]
+        hidden = self._exchange.hidden.get(tape.symbol, frozenset())
+        return 4, _agg_rows(
+            row for row in picked if hidden.isdisjoint(range(row.first_id, row.last_id + 1))
+        )
 
     def _klines(self, request: web.Request) -> tuple[int, object]:
         tape = self._tape(request)

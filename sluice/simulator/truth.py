@@ -61,6 +61,10 @@ class Truth:
         """Ids that REST does not serve."""
         return sorted(self._exchange.hidden.get(symbol, ()))
 
+    def retired(self, symbol: str) -> list[int]:
+        """Ids that REST serves within aggregates only."""
+        return sorted(self._exchange.retired.get(symbol, ()))
+
     def update_id(self, symbol: str) -> int:
         """The newest update id of the book."""
         return self._exchange.tapes[symbol].book.update_id

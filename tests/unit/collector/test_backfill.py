@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collector.backfill import UnorderedPageError, read_page
+from collector.aggregates import UnorderedPageError
+from collector.backfill import read_page
 from sluice.queue import Hole
 from sluice.records import Trade
 

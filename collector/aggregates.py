@@ -1,0 +1,256 @@
+"""Ids that are no longer served one by one, from the aggregates that the venue still serves.
+
+An aggregate is asked for by time, not by id, so the table says where to look: the rows beside what
+is missing, found by halving the time between its first and its last row. An aggregate that is
+missing in part is stored as the last and the first id missing and the quantity less that of the
+fills already held (`remainder`, a function of values).
+"""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal, localcontext
+from typing import Final
+
+import msgspec
+
+from sluice.budget import Priority
+from sluice.clock import now_micros
+from sluice.connections import connect_postgres
+from sluice.exchanges import Exchange
+from sluice.records import MAX_DECIMAL, Trade
+from sluice.rest import RestClient
+from sluice.settings import Market, Settings
+
+Range = tuple[int, int]
+"""First and last id, both included."""
+
+WINDOW: Final = timedelta(hours=1)
+"""The longest time that one question may span; venues refuse more."""
+NEAR: Final = timedelta(seconds=1)
+"""How closely a place in the table is looked for; a page more is cheaper than a question more."""
+MOST_STEP: Final = timedelta(days=64)
+"""How far before the table's first row is looked, in steps that double."""
+_EPOCH: Final = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+
+_ENDS: Final = """
+(SELECT time, first_id, trade_id FROM trades WHERE market_id = $1 ORDER BY time, trade_id LIMIT 1)
+UNION ALL
+(SELECT time, first_id, trade_id FROM trades WHERE market_id = $1
+ ORDER BY time DESC, trade_id DESC LIMIT 1)
+"""
+_UNTIL: Final = """
+SELECT time, trade_id FROM trades WHERE market_id = $1 AND time <= $2
+ORDER BY time DESC, trade_id DESC LIMIT 1
+"""
+_AFTER: Final = """
+SELECT time, first_id FROM trades WHERE market_id = $1 AND time > $2
+ORDER BY time, trade_id LIMIT 1
+"""
+_HELD: Final = """
+SELECT first_id, trade_id, quantity FROM trades
+WHERE market_id = market($1, $2) AND time BETWEEN $3 AND $4 AND trade_id BETWEEN $5 AND $6
+"""
+
+
+class UnorderedPageError(ValueError):
+    """The answer does not ascend from what was asked for; nothing in it proves anything."""
+
+
+class NotYetKnownError(Exception):
+    """The rows beside what is missing are not in the table yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A row that lies within an aggregate: the ids it stands for, and their quantity."""
+
+    first: int
+    last: int
+    quantity: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """What is to be stored of an aggregate, and which ids can not be told apart from it.
+
+    `merged` lie before `trade` with fills already held between; its quantity holds theirs too.
+    """
+
+    trade: Trade | None
+    merged: list[Range]
+
+
+def overlap(ranges: Sequence[Range], ids: Range) -> list[Range]:
+    """Give what ranges share with another."""
+    shared = ((max(first, ids[0]), min(last, ids[1])) for first, last in ranges)
+    return [(first, last) for first, last in shared if first <= last]
+
+
+def remainder(aggregate: Trade, missing: Sequence[Range], held: Sequence[Held]) -> Remainder:
+    """Take the fills that are held out of an aggregate of which `missing` are missing.
+
+    Raises:
+        NotYetKnownError: the rows do not account for every id that is not missing.
+        ValueError: the rows hold more than the aggregate.
+    """
+    absent = sum(last - first + 1 for first, last in missing)
+    present = sum(row.last - row.first + 1 for row in held)
+    if absent + present != aggregate.trade_id - aggregate.first_id + 1:
+        raise NotYetKnownError(
+            f"{present} of the {aggregate.trade_id - aggregate.first_id + 1 - absent} trades held "
+            f"of the aggregate {aggregate.first_id}-{aggregate.trade_id} are in the table"
+        )
+    with localcontext() as context:
+        context.prec = 2 * MAX_DECIMAL
+        left = Decimal(aggregate.quantity) - sum((row.quantity for row in held), Decimal())
+    if left < 0:
+        raise ValueError(f"the rows hold more than the aggregate of trade {aggregate.trade_id}")
+    if not left:
+        # Its row is stored already and its neighbours were about to be named.
+        return Remainder(None, list(missing))
+    first, last = missing[-1]
+    trade = msgspec.structs.replace(
+        aggregate, first_id=first, trade_id=last, quantity=format(left, "f")
+    )
+    return Remainder(trade, list(missing[:-1]))
+
+
+class Walk:
+    """Reads pages of aggregates that cover a range of ids, and finds what they pass over."""
+
+    def __init__(self, ids: Range) -> None:
+        self.passed_over: list[Range] = []
+        """Ids of the range that no aggregate holds though later ones are there."""
+        self._ids = ids
+        self._expected = ids[0]
+        self._highest = -1
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the end of the range has been reached."""
+        return self._expected > self._ids[1]
+
+    def read(self, page: Sequence[Trade]) -> list[Trade]:
+        """Give what a page adds to the ones before.
+
+        Raises:
+            UnorderedPageError: its aggregates do not ascend.
+        """
+        added = [aggregate for aggregate in page if aggregate.trade_id > self._highest]
+        for aggregate in added:
+            if aggregate.first_id <= self._highest:
+                raise UnorderedPageError(f"{aggregate.first_id} after {self._highest}")
+            self.passed_over += overlap([(self._expected, aggregate.first_id - 1)], self._ids)
+            self._highest = aggregate.trade_id
+            self._expected = max(self._expected, self._highest + 1)
+        return added
+
+
+class Aggregates:
+    """Where in time missing ids lie, and the venue's aggregates of that time.
+
+    Its methods raise asyncpg's and connection errors, RestError and BadFrameError.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def pages(
+        self, exchange: Exchange, rest: RestClient, market: Market, ids: Range
+    ) -> AsyncGenerator[list[Trade]]:
+        """Give the pages that cover a range of ids, ascending, until one reaches beyond it.
+
+        Raises:
+            NotYetKnownError: the table does not say yet where to look.
+        """
+
+        async def ask(since: datetime, until: datetime) -> list[Trade]:
+            request = exchange.aggregates_request(market.symbol, _micros(since), _micros(until))
+            body = await rest.get(request, Priority.BACKFILL)
+            return exchange.read_aggregates(market.symbol, body, now_micros())
+
+        before, after = await self._beside(market, ids)
+        since = before - NEAR if before else await _beginning(ask, after, ids[0])
+        while since <= after + NEAR:
+            until = min(since + WINDOW, after + NEAR)
+            page = await ask(since, until)
+            if page:
+                yield page
+                if page[-1].first_id > ids[1]:
+                    return
+            newest = _EPOCH + timedelta(microseconds=page[-1].ts_event if page else 0)
+            if newest > since:
+                since = newest
+            else:
+                # One instant may fill a page: what follows it there can not be asked for.
+                is_full = len(page) >= exchange.history_page
+                since = (since if is_full else until) + timedelta(milliseconds=1)
+
+    async def held(self, market: Market, aggregate: Trade) -> list[Held]:
+        """Read the rows that lie within an aggregate."""
+        at = _EPOCH + timedelta(microseconds=aggregate.ts_event)
+        connection = await connect_postgres(self._settings)
+        try:
+            rows = await connection.fetch(
+                _HELD, *_name(market), at - NEAR, at + NEAR, aggregate.first_id, aggregate.trade_id
+            )
+        finally:
+            await connection.close()
+        return [Held(*row) for row in rows]
+
+    async def _beside(self, market: Market, ids: Range) -> tuple[datetime | None, datetime]:
+        """Find when the nearest rows below and above a range of ids were traded."""
+        connection = await connect_postgres(self._settings)
+        try:
+            market_id = await connection.fetchval("SELECT market($1, $2)", *_name(market))
+            ends = await connection.fetch(_ENDS, market_id)
+            if not ends or ends[-1]["first_id"] <= ids[1]:
+                raise NotYetKnownError(f"the table has no trade of {market} above {ids[1]}")
+            before = after = None
+            low, high = ends[0]["time"], ends[-1]["time"]
+            if ends[0]["trade_id"] < ids[0]:
+                before = low
+                while high - low > NEAR:
+                    middle = low + (high - low) / 2
+                    (row,) = await connection.fetch(_UNTIL, market_id, middle)
+                    if row["trade_id"] < ids[0]:
+                        low, before = middle, row["time"]
+                    else:
+                        high = middle
+            low, high = ends[0]["time"] - NEAR, ends[-1]["time"]
+            after = high
+            while high - low > NEAR:
+                middle = low + (high - low) / 2
+                (row,) = await connection.fetch(_AFTER, market_id, middle)
+                if row["first_id"] > ids[1]:
+                    high, after = middle, row["time"]
+                else:
+                    low = middle
+            return before, after
+        finally:
+            await connection.close()
+
+
+async def _beginning(
+    ask: Callable[[datetime, datetime], Awaitable[list[Trade]]], after: datetime, first: int
+) -> datetime:
+    """Find a time before an id was traded, of which the table has nothing earlier."""
+    step, found = WINDOW, after - WINDOW
+    while step <= MOST_STEP:
+        since = after - step
+        page = await ask(since, since + WINDOW)
+        if page:
+            found = since
+            if page[0].first_id <= first:
+                break
+        step *= 2
+    return found
+
+
+def _name(market: Market) -> tuple[str, str]:
+    return market.exchange, market.symbol
+
+
+def _micros(time: datetime) -> int:
+    return (time - _EPOCH) // timedelta(microseconds=1)
