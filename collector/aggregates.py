@@ -1,14 +1,15 @@
 """Ids that are no longer served one by one, from the aggregates that the venue still serves.
 
-An aggregate is asked for by time, not by id, so the table says where to look: the rows beside what
-is missing, found by halving the time between its first and its last row. An aggregate that is
-missing in part is stored as the last and the first id missing and the quantity less that of the
-fills already held (`remainder`, a function of values).
+An aggregate is asked for by time, not by id, so the table says where to look: from the row below
+what is missing on, which is found by halving the time between its first and its last row.
+
+An aggregate that is missing in part is stored as the last and the first id missing and the
+quantity less that of the fills already held (`remainder`, a function of values).
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
 from typing import Final
 
@@ -31,21 +32,19 @@ NEAR: Final = timedelta(seconds=1)
 """How closely a place in the table is looked for; a page more is cheaper than a question more."""
 MOST_STEP: Final = timedelta(days=64)
 """How far before the table's first row is looked, in steps that double."""
-_EPOCH: Final = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+AHEAD: Final = timedelta(minutes=1)
+"""How far the venue's clock may be ahead of ours."""
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _ENDS: Final = """
-(SELECT time, first_id, trade_id FROM trades WHERE market_id = $1 ORDER BY time, trade_id LIMIT 1)
+(SELECT time, trade_id FROM trades WHERE market_id = $1 ORDER BY time, trade_id LIMIT 1)
 UNION ALL
-(SELECT time, first_id, trade_id FROM trades WHERE market_id = $1
+(SELECT time, trade_id FROM trades WHERE market_id = $1
  ORDER BY time DESC, trade_id DESC LIMIT 1)
 """
 _UNTIL: Final = """
 SELECT time, trade_id FROM trades WHERE market_id = $1 AND time <= $2
 ORDER BY time DESC, trade_id DESC LIMIT 1
-"""
-_AFTER: Final = """
-SELECT time, first_id FROM trades WHERE market_id = $1 AND time > $2
-ORDER BY time, trade_id LIMIT 1
 """
 _HELD: Final = """
 SELECT first_id, trade_id, quantity FROM trades
@@ -58,7 +57,7 @@ class UnorderedPageError(ValueError):
 
 
 class NotYetKnownError(Exception):
-    """The rows beside what is missing are not in the table yet."""
+    """The table does not hold yet what has to be known of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +169,11 @@ class Aggregates:
             body = await rest.get(request, Priority.BACKFILL)
             return exchange.read_aggregates(market.symbol, body, now_micros())
 
-        before, after = await self._beside(market, ids)
-        since = before - NEAR if before else await _beginning(ask, after, ids[0])
-        while since <= after + NEAR:
-            until = min(since + WINDOW, after + NEAR)
+        below, oldest = await self._below(market, ids[0])
+        since = below - NEAR if below else await _beginning(ask, oldest, ids[0])
+        end = datetime.now(UTC) + AHEAD
+        while since <= end:
+            until = min(since + WINDOW, end)
             page = await ask(since, until)
             if page:
                 yield page
@@ -199,46 +199,35 @@ class Aggregates:
             await connection.close()
         return [Held(*row) for row in rows]
 
-    async def _beside(self, market: Market, ids: Range) -> tuple[datetime | None, datetime]:
-        """Find when the nearest rows below and above a range of ids were traded."""
+    async def _below(self, market: Market, first: int) -> tuple[datetime | None, datetime]:
+        """Find when the nearest row below an id was traded, and when the first row of all was."""
         connection = await connect_postgres(self._settings)
         try:
             market_id = await connection.fetchval("SELECT market($1, $2)", *_name(market))
             ends = await connection.fetch(_ENDS, market_id)
-            if not ends or ends[-1]["first_id"] <= ids[1]:
-                raise NotYetKnownError(f"the table has no trade of {market} above {ids[1]}")
-            before = after = None
-            low, high = ends[0]["time"], ends[-1]["time"]
-            if ends[0]["trade_id"] < ids[0]:
-                before = low
-                while high - low > NEAR:
-                    middle = low + (high - low) / 2
-                    (row,) = await connection.fetch(_UNTIL, market_id, middle)
-                    if row["trade_id"] < ids[0]:
-                        low, before = middle, row["time"]
-                    else:
-                        high = middle
-            low, high = ends[0]["time"] - NEAR, ends[-1]["time"]
-            after = high
-            while high - low > NEAR:
+            if not ends:
+                raise NotYetKnownError(f"the table has no trade of {market}")
+            low, high = ends[0]["time"], ends[-1]["time"] + NEAR
+            below = low if ends[0]["trade_id"] < first else None
+            while below is not None and high - low > NEAR:
                 middle = low + (high - low) / 2
-                (row,) = await connection.fetch(_AFTER, market_id, middle)
-                if row["first_id"] > ids[1]:
-                    high, after = middle, row["time"]
+                (row,) = await connection.fetch(_UNTIL, market_id, middle)
+                if row["trade_id"] < first:
+                    low, below = middle, row["time"]
                 else:
-                    low = middle
-            return before, after
+                    high = middle
+            return below, ends[0]["time"]
         finally:
             await connection.close()
 
 
 async def _beginning(
-    ask: Callable[[datetime, datetime], Awaitable[list[Trade]]], after: datetime, first: int
+    ask: Callable[[datetime, datetime], Awaitable[list[Trade]]], oldest: datetime, first: int
 ) -> datetime:
     """Find a time before an id was traded, of which the table has nothing earlier."""
-    step, found = WINDOW, after - WINDOW
+    step, found = WINDOW, oldest - WINDOW
     while step <= MOST_STEP:
-        since = after - step
+        since = oldest - step
         page = await ask(since, since + WINDOW)
         if page:
             found = since

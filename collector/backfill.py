@@ -30,7 +30,7 @@ from collector.aggregates import (
     overlap,
     remainder,
 )
-from collector.ledger import MOST_CAUSE, TRADE, Ledger, covers, gaps_key
+from collector.ledger import MOST_CAUSE, TRADE, Ledger, covers, gaps_key, touches
 from sluice import failpoints, records
 from sluice.backoff import Backoff
 from sluice.budget import Priority
@@ -288,7 +288,7 @@ class Backfill:
         if self._aggregates is None:
             return None
         try:
-            return await self._walk(self._aggregates, ids, gap, ledger)
+            return await self._walk(self._aggregates, ids, ledger)
         except (NotYetKnownError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
             self._postpone(gap, attempts, error)
         except ValueError as error:
@@ -302,9 +302,7 @@ class Backfill:
                     return overlap(await _ranges(ledger), ids)
         return None
 
-    async def _walk(
-        self, aggregates: Aggregates, ids: Range, gap: Gap, ledger: Ledger
-    ) -> list[Range]:
+    async def _walk(self, aggregates: Aggregates, ids: Range, ledger: Ledger) -> list[Range]:
         venue = self._venues[ledger.market.exchange]
         walk = Walk(ids)
         doubts: list[NotYetKnownError] = []
@@ -315,8 +313,8 @@ class Backfill:
                 self.pages += 1
                 count += 1
                 await self._redis.pexpire(_lease(ledger), LEASE_MS)
-                added = walk.read(page)
-                gap = await self._store(aggregates, added, gap, ledger, doubts)
+                added = [row for row in walk.read(page) if overlap([ids], _span(row))]
+                await self._store(aggregates, added, ledger, doubts)
                 if count == MOST_PAGES or walk.is_done:
                     break
         if doubts:
@@ -324,21 +322,20 @@ class Backfill:
         holes = await _ranges(ledger)
         return [part for each in walk.passed_over for part in overlap(holes, each)]
 
-    async def _store(  # a page, what is worked on, and what stays open
+    async def _store(
         self,
         aggregates: Aggregates,
         page: Sequence[Trade],
-        gap: Gap,
         ledger: Ledger,
         doubts: list[NotYetKnownError],
-    ) -> Gap:
-        """Push what is missing of a page of aggregates; gives the gap as it is known then."""
+    ) -> None:
+        """Push what is missing of aggregates, and say so of every gap that it fills."""
         holes = await _ranges(ledger)
         trades: list[Trade] = []
         merged: list[tuple[Range, int]] = []
         for aggregate in page:
-            missing = overlap(holes, (aggregate.first_id, aggregate.trade_id))
-            if missing == [(aggregate.first_id, aggregate.trade_id)]:
+            missing = overlap(holes, _span(aggregate))
+            if missing == [_span(aggregate)]:
                 trades.append(aggregate)
             elif missing:
                 held = await aggregates.held(ledger.market, aggregate)
@@ -350,20 +347,25 @@ class Backfill:
                 trades += [rest.trade] if rest.trade else []
                 merged += [(part, aggregate.trade_id) for part in rest.merged]
         if trades:
-            gap = await ledger.tried(gap, OF_AGGREGATES)
+            for gap in await ledger.open_gaps():
+                if any(touches(gap, *_span(trade)) for trade in trades):
+                    await ledger.tried(gap, OF_AGGREGATES)
             known = self._unserved_until[ledger.field]
             self._unserved_until[ledger.field] = max(known, trades[-1].trade_id)
         await self._take(trades)
         for part, last in merged:
             why = f"their quantity is in the row of the aggregate that ends with {last}"
             await ledger.explain(*part, "lost", why)
-        return gap
 
     def _postpone(self, gap: Gap, attempts: _Attempts, error: Exception | None = None) -> None:
         delay = attempts.backoff.next_delay()
         attempts.due = time.monotonic() + delay
         if error is not None:
             logger.warning("{}: asking again in {:.1f} s: {}", gap.gap_id, delay, error)
+
+
+def _span(trade: Trade) -> Range:
+    return trade.first_id, trade.trade_id
 
 
 async def _ranges(ledger: Ledger) -> list[Range]:

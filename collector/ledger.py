@@ -48,7 +48,7 @@ def judge(
         and not any(covers(gap, hole.first, hole.last) for gap in open_gaps)
     ]
     to_close = [
-        gap for gap in open_gaps if not any(_touches(gap, hole.first, hole.last) for hole in holes)
+        gap for gap in open_gaps if not any(touches(gap, hole.first, hole.last) for hole in holes)
     ]
     return Judgement(to_open, to_close)
 
@@ -64,7 +64,8 @@ def covers(gap: Gap, first: int, last: int) -> bool:
     return gap_first <= first and last <= gap_last
 
 
-def _touches(gap: Gap, first: int, last: int) -> bool:
+def touches(gap: Gap, first: int, last: int) -> bool:
+    """Tell whether a range of ids and a gap have any in common."""
     gap_first, gap_last = _range(gap)
     return gap_first <= last and first <= gap_last
 

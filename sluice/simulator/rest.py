@@ -301,7 +301,7 @@ class Rest:
         else:
             last = len(rows) if end is None else bisect_right(rows, end, key=lambda row: row.time)
             picked = rows[max(0, last - limit) : last]
-        hidden = self._exchange.hidden.get(tape.symbol, frozenset())
+        hidden: set[int] = self._exchange.hidden.get(tape.symbol, set())
         return 4, _agg_rows(
             row for row in picked if hidden.isdisjoint(range(row.first_id, row.last_id + 1))
         )

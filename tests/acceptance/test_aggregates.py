@@ -1,0 +1,52 @@
+"""Trades that the exchange serves within aggregates only: stored, never lost, never twice."""
+
+import asyncio
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from sluice.clock import now_micros
+from tests.acceptance.completeness import account, complete, fresh
+from tests.acceptance.processes import processes
+from tests.servers import Database
+
+SYMBOL = "BTCUSDT"
+GAPS = "SELECT cause, status FROM gaps WHERE channel = 'trade'"
+
+
+@pytest.mark.timeout(300)
+async def test_ids_no_longer_served_one_by_one_are_stored_as_aggregates(
+    tmp_path: Path, postgres: Database, redis_environment: dict[str, str]
+) -> None:
+    environment = {**redis_environment, **postgres.environment, "SYMBOLS": f"binance:{SYMBOL}"}
+    with processes(tmp_path, environment) as running:
+        running.simulate("--rate", "200", "--symbols", SYMBOL)
+        running.start("flusher")
+        running.start("collector")
+        await fresh(postgres.dsn, 0)
+        first = min((await account(postgres.dsn, running, SYMBOL)).stored)
+        running.control("retire", {"symbol": SYMBOL, "from_id": first, "to_id": first + 20_000})
+        # Single fills, which leave an aggregate in part, and then all of a second and more.
+        running.control("rates", {"rates": {"drop": 0.05}, "seed": 3})
+        await asyncio.sleep(2)
+        running.kill("collector")
+        await asyncio.sleep(1.5)
+        restarted = now_micros()
+        running.start("collector")
+        await fresh(postgres.dsn, restarted)
+        await complete(postgres.dsn, running, [SYMBOL], {SYMBOL: first})
+    connection = await asyncpg.connect(postgres.dsn)
+    try:
+        gaps = await connection.fetch(GAPS)
+        aggregates = await connection.fetchval(
+            "SELECT count(*) FROM trades WHERE first_id < trade_id"
+        )
+    finally:
+        await connection.close()
+    assert aggregates > 0, "inconclusive: no aggregate was needed"
+    filled = [gap["cause"] for gap in gaps if gap["status"] == "filled"]
+    assert filled
+    assert [cause for cause in filled if "stored as aggregates" not in cause] == []
+    assert all("quantity is in the row" in g["cause"] for g in gaps if g["status"] == "lost")
+    assert {gap["status"] for gap in gaps} <= {"filled", "lost"}
