@@ -22,8 +22,14 @@ from sluice.queue import HEADS, RecordQueue, Segment, head_field
 from sluice.rest import RestError
 from sluice.settings import Market
 
-SILENCE_SECONDS: Final = 60.0
-POLL_SECONDS: Final = 5.0
+LEAST_SILENCE_SECONDS: Final = 10.0
+MOST_SILENCE_SECONDS: Final = 60.0
+"""After how long without a trade, at the least and the most, the venue is asked."""
+SILENCE_GAPS: Final = 5
+"""Between the two it is asked after so many times a market's usual gap between trades."""
+MEMORY: Final = 0.9
+"""The part of its former self that the usual gap keeps when a new gap is seen."""
+LOOK_SECONDS: Final = 1.0
 MOST_ASKS: Final = 4
 """Markets asked about at a time: a whole venue that falls silent must not empty the budget."""
 
@@ -48,16 +54,19 @@ class Liveness:
         self._last_seen = last_seen
         self._renew = renew
         self._asked: dict[Market, float] = {}
+        self._looked: dict[Market, float] = {}
+        self._usual: dict[Market, float] = {}
         self._queue = RecordQueue(redis, "trade")
 
     async def run(self, stop: asyncio.Event) -> None:
         """Look every few seconds until `stop`; errors of servers never leave here."""
         while not stop.is_set():
+            self._learn_gaps()
             now = time.monotonic()
             quiet = [
                 market
                 for market, seen in self._last_seen.items()
-                if now - max(seen, self._asked.get(market, 0.0)) >= SILENCE_SECONDS
+                if now - max(seen, self._asked.get(market, 0.0)) >= self._silence(market)
             ]
             for market in sorted(quiet, key=self._last_seen.__getitem__)[:MOST_ASKS]:
                 self._asked[market] = now
@@ -66,7 +75,21 @@ class Liveness:
                 except (RestError, BadFrameError, RedisError, OSError) as error:
                     logger.warning("{}: silent, and not known whether rightly: {}", market, error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), POLL_SECONDS)
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await stop.wait()
+
+    def _learn_gaps(self) -> None:
+        """Learn each market's usual gap between trades, as coarse as the looks are."""
+        for market, seen in self._last_seen.items():
+            before = self._looked.get(market, seen)
+            if seen > before:
+                usual = self._usual.get(market, MOST_SILENCE_SECONDS)
+                self._usual[market] = MEMORY * usual + (1 - MEMORY) * (seen - before)
+            self._looked[market] = seen
+
+    def _silence(self, market: Market) -> float:
+        usual = self._usual.get(market, MOST_SILENCE_SECONDS)
+        return min(max(LEAST_SILENCE_SECONDS, SILENCE_GAPS * usual), MOST_SILENCE_SECONDS)
 
     async def _ask(self, market: Market) -> None:
         venue = self._venues[market.exchange]

@@ -16,6 +16,7 @@ from collector.anchors import Anchors
 from collector.backfill import Backfill, Venue
 from collector.ledger import TRADE, Ledger
 from collector.liveness import Liveness
+from collector.polling import AFTER_SECONDS, Polling
 from collector.skew import ClockSkew
 from sluice.budget import Budget
 from sluice.clock import MICROS_PER_SECOND
@@ -103,6 +104,7 @@ class Collector:
     backfill: Backfill | None = None
     liveness: Liveness | None = None
     skew: ClockSkew | None = None
+    polling: Polling | None = None
     rate: Rate = field(default_factory=Rate)
 
     def connection_changed(self, _: str = "") -> None:
@@ -118,6 +120,15 @@ class Collector:
         for stream, markets in self.streams.items():
             if market in markets:
                 stream.renew(reason)
+
+    def unreachable(self) -> list[Market]:
+        """Name the markets that have had no socket for long."""
+        return [
+            market
+            for stream, markets in self.streams.items()
+            if stream.unheard_seconds > AFTER_SECONDS
+            for market in markets
+        ]
 
     def statistics(self) -> str:
         """Give the line that is logged every 30 s."""
@@ -147,6 +158,7 @@ class Collector:
         return {
             "sockets": f"{sum(s.is_connected for s in self.streams)}/{len(self.streams)}",
             "messages/s": round(self.rate.of(messages)),
+            **({"polled": len(self.polling.markets)} if self.polling else {}),
             "lag s": round(max((i.lag for i in self.intakes.values()), default=0.0), 3),
             "on disk": self.publisher.spool_records,
         }
@@ -194,6 +206,12 @@ class Collector:
                 "How far our clock is ahead of the venue's",
                 [({"exchange": name}, skew) for name, skew in self.skew.seconds.items()],
             )
+        if self.polling is not None:
+            yield gauge(
+                "collector_polled_markets",
+                "Markets polled over REST for want of a socket",
+                [({}, len(self.polling.markets))],
+            )
         if self.liveness is not None:
             yield counter("collector_stalls", "Silent sockets found", [({}, self.liveness.stalls)])
 
@@ -232,6 +250,9 @@ async def run(process: Process) -> None:
         )
         collector.liveness = Liveness(redis, venues, collector.last_seen, collector.renew)
         collector.skew = ClockSkew(venues)
+        collector.polling = Polling(
+            redis, venues, collector.unreachable, publisher.put, collector.last_seen
+        )
         anchors = Anchors(redis, ledgers, venues, publisher.first_pushed, settings)
 
         # The publisher stops last: it pushes what the sockets brought until their end.
@@ -248,7 +269,11 @@ async def run(process: Process) -> None:
                     collector.backfill.run(stop),
                     anchors.run(stop),
                     collector.skew.run(stop),
-                    *([collector.liveness.run(stop)] if ledgers else []),
+                    *(
+                        [collector.liveness.run(stop), collector.polling.run(stop)]
+                        if ledgers
+                        else []
+                    ),
                 )
             )
             await stop.wait()
@@ -284,6 +309,7 @@ def _add_streams(collector: Collector, exchange: Exchange, markets: list[Market]
             on_disconnected=collector.connection_changed,
             on_progress=process.progress,
             proxy=proxy,
+            rollover_at=settings.rollover_times,
             name=f"{exchange.name}/{number}",
         )
         collector.streams[stream] = [Market(exchange.name, symbol) for symbol in part]

@@ -394,6 +394,7 @@ def _add_books(books: Books, exchange: Exchange, symbols: list[str], rest: RestC
             on_disconnected=disconnected,
             on_progress=process.progress,
             proxy=proxy,
+            rollover_at=settings.rollover_times,
             name=f"{exchange.name}/{number}",
         )
         books.feeds[stream] = feed

@@ -37,6 +37,8 @@ class Priority(enum.IntEnum):
     """A book that was live has lost its place."""
     IMAGE = 1
     """A book begins, or is renewed before it must be."""
+    POLL = 2
+    """The newest trades, where there is no socket to bring them."""
     BACKFILL = 3
     """Trades that the socket did not bring."""
     AUDIT = 5

@@ -4,6 +4,7 @@ A bad value, or a name in `.env` that is nearly one of ours, is one readable lin
 Every variable stands in `.env.example` with a line on what it does.
 """
 
+import datetime as dt
 import difflib
 import os
 import re
@@ -188,6 +189,8 @@ class Settings(BaseSettings):
     gap_settle_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 1000
     backfill_hours: Annotated[float, Field(ge=0, le=720)] = 0.0
 
+    rollover_at: CommaSeparated = []
+
     drain_seconds: Annotated[float, Field(gt=0, le=600)] = 8.0
     metrics_host: str = "127.0.0.1"
     metrics_port: Port | None = None
@@ -223,6 +226,14 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("rollover_at")
+    @classmethod
+    def _are_times(cls, value: list[str]) -> list[str]:
+        for text in value:
+            if not re.fullmatch(r"(?:[01]\d|2[0-3]):[0-5]\d", text):
+                raise ValueError(f"{text!r} is no time of day; UTC, for example 03:00,15:00")
+        return value
+
     @field_validator("proxy_url")
     @classmethod
     def _is_proxy(cls, value: SecretStr | None) -> SecretStr | None:
@@ -246,6 +257,11 @@ class Settings(BaseSettings):
                 if not pattern.fullmatch(stream):
                     raise ValueError(f"STREAMS: {stream!r} is none of {name}'s: {pattern.pattern}")
         return self
+
+    @property
+    def rollover_times(self) -> list[dt.time]:
+        """The times of ROLLOVER_AT."""
+        return [dt.time.fromisoformat(text) for text in self.rollover_at]
 
     @property
     def markets(self) -> list[Market]:

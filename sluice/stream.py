@@ -5,6 +5,7 @@ wait either; who needs Redis puts the record aside and has another task push it.
 """
 
 import asyncio
+import datetime as dt
 import random
 import time
 from collections import Counter, deque
@@ -28,17 +29,24 @@ CHANNELS_IN_PATH: Final = 200
 """More channels than this are subscribed to by message: addresses have a limit too."""
 HEALTHY_SECONDS: Final = 60.0
 """How long a socket must have brought data before the delays begin anew."""
-SILENCE_SECONDS: Final = 30.0
-"""After how long without a frame the peer is asked whether it is there."""
-ANSWER_SECONDS: Final = 10.0
-WATCH_SECONDS: Final = 5.0
+LEAST_SILENCE_SECONDS: Final = 5.0
+MOST_SILENCE_SECONDS: Final = 30.0
+"""After how long without a frame, at the least and the most, the peer is asked if it is there."""
+SILENCE_GAPS: Final = 5
+"""Between the two it is asked after so many times the usual gap between two frames."""
+ANSWER_SECONDS: Final = 5.0
+WATCH_SECONDS: Final = 1.0
 """How often an open socket is looked at."""
 SETTLED_SECONDS: Final = 0.1
 """How long no frame must have been read for none to be waiting."""
 RENEWAL_SECONDS: Final = 60.0
 """How long a replacement may take to bring its first frame."""
+ROLLOVER_JITTER_SECONDS: Final = 1800.0
+"""Sockets are renewed within so long after an instant of ROLLOVER_AT, not all at one time."""
 SHARE_OF_CONNECTS: Final = 4
 """The venue counts by address; each process keeps to this part of its limit on new sockets."""
+MOST_BACKOFF_SECONDS: Final = 6.0
+"""Between two attempts; the gate counts them beside."""
 MAX_FRAME: Final = 8 * 2**20
 
 
@@ -87,6 +95,12 @@ class _Session:
     reader: asyncio.Task[str] | None = None
 
     @property
+    def silence(self) -> float:
+        """How long it must be silent before the peer is asked (seconds)."""
+        usual = (self.last - self.opened) / max(self.frames, 1)
+        return min(max(LEAST_SILENCE_SECONDS, SILENCE_GAPS * usual), MOST_SILENCE_SECONDS)
+
+    @property
     def was_healthy(self) -> bool:
         return self.frames > 0 and self.last - self.opened >= HEALTHY_SECONDS
 
@@ -111,6 +125,7 @@ class Stream:
         on_disconnected: Callable[[str], None] = lambda _: None,
         on_progress: Callable[[], None] = lambda: None,
         proxy: str | None = None,
+        rollover_at: Sequence[dt.time] = (),
         name: str = "",
     ) -> None:
         self.counts = StreamCounts()
@@ -124,6 +139,8 @@ class Stream:
         self._on_disconnected = on_disconnected
         self._on_progress = on_progress
         self._proxy = proxy
+        self._rollover_at = rollover_at
+        self._heard = time.monotonic()
         self._session: _Session | None = None
         self._renew = asyncio.Event()
         self._renew_reason = ""
@@ -133,6 +150,11 @@ class Stream:
     def is_connected(self) -> bool:
         """Whether a socket is open."""
         return self._session is not None
+
+    @property
+    def unheard_seconds(self) -> float:
+        """For how long there has been neither a socket nor a frame; 0 while a socket is open."""
+        return 0.0 if self._session is not None else time.monotonic() - self._heard
 
     @property
     def channels(self) -> list[str]:
@@ -172,7 +194,7 @@ class Stream:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Keep the socket open until `stop`; connection errors never leave here."""
-        backoff = Backoff(first=0.5, most=15.0)
+        backoff = Backoff(first=0.5, most=MOST_BACKOFF_SECONDS)
         stopping = asyncio.create_task(stop.wait())
         try:
             while not stop.is_set():
@@ -299,6 +321,8 @@ class Stream:
                 break
         await self._close(session)
         self._session = None
+        if session.frames:
+            self._heard = session.last
         if reason != "stopped":
             self.counts.disconnects[reason] += 1
             logger.warning("{}: the socket ended: {}; opening another", self.name, reason)
@@ -308,7 +332,12 @@ class Stream:
     def _renewal_time(self, session: _Session) -> float:
         """Say when a session must be renewed: well before its end, and not all at one time."""
         share = random.uniform(0.8, 0.95)  # noqa: S311  # no secret depends on it
-        return session.opened + self._exchange.socket_lifetime * share
+        by_age = session.opened + self._exchange.socket_lifetime * share
+        if not self._rollover_at:
+            return by_age
+        jitter = random.uniform(0, ROLLOVER_JITTER_SECONDS)  # noqa: S311  # as above
+        quiet = seconds_until(self._rollover_at, dt.datetime.now(dt.UTC))
+        return min(by_age, time.monotonic() + quiet + jitter)
 
     async def _replace(
         self, old: _Session, stopping: "asyncio.Task[bool]"
@@ -339,7 +368,7 @@ class Stream:
     async def _answers(self, session: _Session, stopping: "asyncio.Task[bool]") -> bool:
         """Tell whether the peer is there: frames come, or it answers a question."""
         heard = session.frames
-        if time.monotonic() - session.last < SILENCE_SECONDS:
+        if time.monotonic() - session.last < session.silence:
             if heard:
                 self._on_progress()
             return True
@@ -365,6 +394,13 @@ class Stream:
         if session.reader is not None:
             # What had arrived before the close is still read.
             await asyncio.gather(session.reader, return_exceptions=True)
+
+
+def seconds_until(times: Sequence[dt.time], now: dt.datetime) -> float:
+    """Give the seconds from `now` to the next of these times of day (UTC)."""
+    day = dt.timedelta(days=1)
+    instants = [dt.datetime.combine(now.date(), each, dt.UTC) for each in times]
+    return min(((instant - now) % day).total_seconds() for instant in instants)
 
 
 def split(channels: Sequence[str], size: int) -> list[list[str]]:

@@ -156,8 +156,8 @@ class Exchange(Protocol):
     def read_image(self, symbol: str, limit: int, body: bytes) -> DepthImage:
         """Read a book image; raises BadFrameError."""
 
-    def last_trade_request(self, symbol: str) -> Request:
-        """Ask for the newest trades."""
+    def last_trade_request(self, symbol: str, limit: int = 1) -> Request:
+        """Ask for the newest trade, or the newest `limit` trades."""
 
     def history_request(self, symbol: str, from_id: int, limit: int) -> Request:
         """Ask for trades from an id on, the id included."""

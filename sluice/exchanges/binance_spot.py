@@ -472,9 +472,9 @@ class BinanceSpot:
         _check_levels(image.asks)
         return DepthImage(symbol, image.lastUpdateId, image.bids, image.asks, None, limit)
 
-    def last_trade_request(self, symbol: str) -> Request:
-        """Ask for the newest trade."""
-        return Request("/api/v3/trades", {"symbol": symbol, "limit": "1"}, 25)
+    def last_trade_request(self, symbol: str, limit: int = 1) -> Request:
+        """Ask for the newest trades, at most 1000."""
+        return Request("/api/v3/trades", {"symbol": symbol, "limit": str(limit)}, 25)
 
     def history_request(self, symbol: str, from_id: int, limit: int) -> Request:
         """Ask for historicalTrades, `from_id` included."""

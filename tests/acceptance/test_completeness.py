@@ -193,18 +193,34 @@ async def test_nothing_is_asked_while_the_exchange_refuses(
     pipeline.control("faults", {**order, "options": {"seconds": seconds}})
     pipeline.control("faults", {"kind": "drop", "count": 3, "on": "btcusdt@trade"})
 
-    def history() -> list[tuple[float, int]]:
-        return [
-            (stamp, status)
-            for stamp, path, status in pipeline.control("requests")
-            if "historicalTrades" in path
-        ]
+    wanted = int(refusal.removeprefix("rest_"))
 
-    await until(lambda: len(history()) >= 2, "a request after the refusal")
-    (refused_at, status), (next_at, _) = history()[:2]
-    assert status == int(refusal.removeprefix("rest_"))
+    def since_refused() -> list[float]:
+        """Give when the refusal came and when anything was asked after it."""
+        asked = [(stamp, status) for stamp, _, status in pipeline.control("requests")]
+        first = next((n for n, (_, status) in enumerate(asked) if status == wanted), len(asked))
+        return [stamp for stamp, _ in asked[first:]]
+
+    await until(lambda: len(since_refused()) > 1, "a request after the refusal")
+    refused_at, next_at = since_refused()[:2]
     print(f"{refusal} for {seconds} s: asked again after {(next_at - refused_at) / 1000:.2f} s")
     assert next_at - refused_at >= seconds * 1000
+    await complete(postgres.dsn, pipeline, SYMBOLS, firsts)
+
+
+async def test_without_sockets_the_trades_are_polled_until_there_are_sockets_again(
+    pipeline: Processes, postgres: Database
+) -> None:
+    firsts = await begin(pipeline, postgres.dsn, rate=100)
+    pipeline.control("rates", {"rates": {"refuse_handshake": 1.0}})
+    pipeline.control("faults", {"kind": "cut"})
+    await until(lambda: "are polled over REST" in pipeline.log("collector"), "polling")
+    assert pipeline.control("status")["connections"] == []
+    began = now_micros()
+    print(f"a polled trade after {await fresh(postgres.dsn, began):.1f} s")
+    await asyncio.sleep(3)
+    pipeline.control("rates", {"rates": {}})
+    await until(lambda: "sockets are back" in pipeline.log("collector"), "sockets")
     await complete(postgres.dsn, pipeline, SYMBOLS, firsts)
 
 

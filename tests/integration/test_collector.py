@@ -335,7 +335,7 @@ async def watching(redis: Redis, newest: int) -> AsyncIterator[tuple[Liveness, l
 
     renewed: list[str] = []
     async with asked(redis, answer) as venues:
-        last_seen = {MARKET: time.monotonic() - 2 * liveness_module.SILENCE_SECONDS}
+        last_seen = {MARKET: time.monotonic() - 2 * liveness_module.MOST_SILENCE_SECONDS}
         liveness = Liveness(
             redis, venues, last_seen, lambda market, why: renewed.append(f"{market} {why}")
         )

@@ -192,7 +192,7 @@ async def test_a_connection_that_is_cut_is_named_so() -> None:
 
 
 async def test_a_quiet_socket_that_answers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "LEAST_SILENCE_SECONDS", 0.1)
     async with Venue().serving() as venue, Client().running(venue) as client:
         await eventually(lambda: len(venue.asked) >= 4)
         assert [message["method"] for message in venue.asked[:4]] == ["LIST_SUBSCRIPTIONS"] * 4
@@ -203,7 +203,7 @@ async def test_a_quiet_socket_that_answers_is_left_alone(monkeypatch: pytest.Mon
 async def test_a_silent_socket_that_does_not_answer_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "LEAST_SILENCE_SECONDS", 0.1)
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0.2)
     async with Venue(is_answering=False).serving() as venue, Client().running(venue) as client:
         await eventually(lambda: len(venue.opened) >= 2)

@@ -258,7 +258,7 @@ MUTANTS: Final = (
         (
             Edit(
                 "sluice/stream.py",
-                "        if time.monotonic() - session.last < SILENCE_SECONDS:\n",
+                "        if time.monotonic() - session.last < session.silence:\n",
                 "        if session.last:\n",
             ),
         ),
