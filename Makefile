@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PYTHON ?=
 PACKAGES = collector flusher orderbook sluice
 
-.PHONY: run test check stop clean completeness books kills chaos mutants bench
+.PHONY: run test check stop clean completeness books kills outages chaos mutants bench
 
 # make run [SYMBOLS=binance:BTCUSDT,binance:ETHUSDT] [SECONDS=60]
 # Without SYMBOLS it records the simulator, in a database of its own.
@@ -33,6 +33,11 @@ books: $(VENV)/.installed
 
 kills: $(VENV)/.installed
 	SLUICE_FLUSHER_KILLS=$(or $(HITS),50) $(BIN)/pytest -s tests/acceptance/test_flusher.py -k killed
+
+# make outages [SECONDS=30]; how long each lasts. A line an outage, with the time of the recovery.
+outages: $(VENV)/.installed
+	SLUICE_OUTAGE_SECONDS=$(or $(SECONDS),30) \
+	    $(BIN)/pytest -s tests/acceptance/test_outages.py -k each_outage
 
 # make chaos [SEEDS=20] [SECONDS=30] [FIRST=1]; 1 is a violation, 3 too little to judge by.
 chaos: $(VENV)/.installed

@@ -120,7 +120,9 @@ class Writer:
                 self._settings, command_timeout=COMMAND_SECONDS, server_settings=_SESSION
             )
             try:
-                answer: bool = await connection.fetchval(_IS_AT_WORK, self._pid, SILENCE_SECONDS)
+                answer: bool = await connection.fetchval(
+                    _IS_AT_WORK, self._pid, SILENCE_SECONDS / 2
+                )
             finally:
                 connection.terminate()
         except Exception:  # noqa: BLE001  # whoever can not be asked; a statement has its time limit
