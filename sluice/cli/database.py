@@ -176,9 +176,22 @@ async def findings(connection: asyncpg.Connection) -> list[dict[str, Any]]:
             "a refresh that starts after what is dropped; sluice maintain makes it so",
             is_sound=drop is None or (start is not None and start < drop),
         )
+    else:
+        until, is_behind = (await connection.fetch(_KEPT))[0]
+        note(
+            "candles of closed days",
+            f"stored before {until}",
+            "stored daily by sluice maintain; is its timer on?",
+            is_sound=not is_behind,
+        )
     return found
 
 
+_KEPT: Final = """
+SELECT until::date::text, EXISTS (
+    SELECT FROM trades WHERE time >= until AND time < now() - INTERVAL '2 days')
+FROM candles_kept_until
+"""
 # A refresh over dropped trades would delete their candles.
 _RETENTION: Final = """
 SELECT max((config ->> 'drop_after')::interval), max((config ->> 'start_offset')::interval)
