@@ -258,14 +258,15 @@ def measure(make: Callable[[], Book], recording: Recording, every: int) -> tuple
 
 
 def memory(make: Callable[[], Book], levels: int = 5000) -> float:
-    """Give the KiB of a book with so many levels a side."""
+    """Give the KiB of a book of so many levels a side, as its first image leaves it."""
+
+    def side(start: int, sign: int) -> list[tuple[str, str]]:
+        # Every text its own object, as from a decoder.
+        return [(f"{start + sign * at / 100:.8f}", f"{at / 7:.8f}") for at in range(1, levels + 1)]
+
     tracemalloc.start()
     book = make()
-    for start in range(0, levels, 100):
-        book.apply(
-            [(f"{60000 - i / 100:.8f}", f"{i / 7:.8f}") for i in range(start + 1, start + 101)],
-            [(f"{60001 + i / 100:.8f}", f"{i / 7:.8f}") for i in range(start + 1, start + 101)],
-        )
+    book.load(side(60000, -1), side(60001, 1))
     book.top(DEPTH)
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -4,12 +4,13 @@ A price is held as an integer at the book's scale, so `1.10` and `1.1` are one l
 that one float cannot tell apart are two. What goes out is the exchange's own text.
 
 A dict a side takes the changes. Only the best levels are kept in order, and only when they are
-read: a change below them costs no more than the dict does.
+read: a change below them costs no more than the dict does. Down there a level is its size alone:
+its price is written from its key again, or kept where the exchange writes it another way.
 """
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Final
 
@@ -21,8 +22,9 @@ _WINDOW: Final = 128
 _UNBOUNDED: Final[int] = 10 ** (2 * MAX_DECIMAL)
 """Beyond every key: a price has at most MAX_DECIMAL digits and a scale at most as many places."""
 _FEW: Final = 1024
-_MAX_KEYS: Final = 4096
-"""How many prices a side remembers the keys of."""
+_MAX_KEYS: Final = 1 << 16
+_KEYS: Final[dict[tuple[int, int], dict[str, int]]] = {}
+"""The keys of prices that changes named lately, by sign and scale; all books share them."""
 _ZEROS: Final = frozenset(
     text
     for before in range(MAX_DECIMAL)
@@ -35,19 +37,22 @@ _ZEROS: Final = frozenset(
 class _Side:
     """One side of a book; keys ascend from the best level on, so those of bids are negative.
 
-    `trusted` holds every level up to `_bound` and `beyond` the levels that changes named below it,
-    among which others may be missing. `_window` is the sorted keys of `trusted` up to `_edge`,
-    but for those in `_moved`, which came or went since it was last put in order. `_top` is what
-    was read last, down to `_shown`, unless a change above that made it old.
+    Every level up to `_bound` is held: those up to `_edge` in `near`, the others in `deep`.
+    `beyond` has the levels that changes named below the bound, among which others may be missing.
+
+    `_window` is the sorted keys of `near`, but for those in `_moved`, which came or went since it
+    was last put in order. `_top` is what was read last, down to `_shown`, unless a change above
+    that made it old.
     """
 
     def __init__(self, sign: int, max_levels: int) -> None:
-        self.trusted: dict[int, Level] = {}
-        self.beyond: dict[int, Level] = {}
+        self.near: dict[int, Level] = {}
+        self.deep: dict[int, str | Level] = {}
+        self.beyond: dict[int, str | Level] = {}
         self.scale = 0
         self._sign = sign
         self._max_levels = max_levels
-        self._keys: dict[str, int] = {}
+        self._keys = _KEYS.setdefault((sign, 0), {})
         self._bound = _UNBOUNDED
         self._edge = -_UNBOUNDED
         self._window: list[int] = []
@@ -61,84 +66,125 @@ class _Side:
     def is_bounded(self) -> bool:
         return self._bound < _UNBOUNDED
 
+    @property
+    def trusted(self) -> int:
+        """How many levels are known to be all there are down to them."""
+        return len(self.near) + len(self.deep)
+
     def __len__(self) -> int:
-        return len(self.trusted) + len(self.beyond)
+        return len(self.near) + len(self.deep) + len(self.beyond)
 
     def load(self, levels: Sequence[Level], limit: int | None) -> None:
-        self.trusted.clear()
-        self.beyond.clear()
+        for held in (self.near, self.deep, self.beyond):
+            held.clear()
         self._bound = _UNBOUNDED
         self._forget_order()
-        self.apply(levels)
+        deep = self.deep
+        for level in levels:
+            # Not noted: most prices of an image are not named again.
+            key, is_plain = self._key(level[0])
+            if level[1] in _ZEROS:
+                deep.pop(key, None)
+            else:
+                deep[key] = level[1] if is_plain else level
         if levels and limit is not None and len(levels) >= limit:
-            self._bound = min(self._bound, max(self.key(price) for price, _ in levels))
+            self._bound = max(deep, default=-_UNBOUNDED)
+        if len(deep) > self._max_levels:
+            self._prune()
 
     def apply(self, levels: Sequence[Level]) -> None:  # noqa: C901, PLR0912  # a call a level costs as much
-        key_of, trusted, moved = self._keys.get, self.trusted, self._moved
+        key_of, near, deep, moved = self._keys.get, self.near, self.deep, self._moved
         bound, edge, shown = self._bound, self._edge, self._shown
         for level in levels:
             price, size = level
             key = key_of(price)
             if key is None:
-                key = self.key(price)
-                bound, edge, shown = self._bound, self._edge, self._shown
+                key, is_plain = self._key(price)
+                key_of, bound, edge, shown = self._keys.get, self._bound, self._edge, self._shown
+                if is_plain:
+                    self._note(price, key)
+                elif key > edge and size not in _ZEROS:
+                    (deep if key <= bound else self.beyond)[key] = level
+                    continue
             if key <= edge:
                 if key <= shown:
                     self._top = None
                 if size in _ZEROS:
-                    if trusted.pop(key, None) is not None:
+                    if near.pop(key, None) is not None:
                         moved.add(key)
                 else:
-                    if key not in trusted:
+                    if key not in near:
                         moved.add(key)
-                    trusted[key] = level
+                    near[key] = level
             else:
-                held = trusted if key <= bound else self.beyond
+                held = deep if key <= bound else self.beyond
                 if size in _ZEROS:
                     held.pop(key, None)
                 else:
-                    held[key] = level
-        if len(trusted) + len(self.beyond) > self._max_levels:
+                    held[key] = size
+        if len(near) + len(deep) + len(self.beyond) > self._max_levels:
             self._prune()
-        if len(moved) > len(trusted) + _FEW:
+        if len(moved) > len(near) + _FEW:
             self._forget_order()
 
     def cut(self, depth: int) -> None:
-        self._keys.clear()
+        self._forget_order()
         self.beyond.clear()
-        if len(self.trusted) > depth:
-            self._keep(sorted(self.trusted)[:depth])
+        if len(self.deep) > depth:
+            self._keep(sorted(self.deep)[:depth])
 
     def top(self, depth: int) -> list[Level]:
         """Give the best levels; the list is the caller's to read, not to change."""
         if self._top is None or depth != self._shown_depth:
             best = self._ordered(depth)[:depth]
-            self._top = list(map(self.trusted.__getitem__, best))
+            self._top = list(map(self.near.__getitem__, best))
             self._shown = best[-1] if best and len(best) == depth else self._edge
             self._shown_depth = depth
         return self._top
 
     def deep_top(self, depth: int) -> list[Level]:
         """Give the best levels as `top` does, and leave the window as narrow as it is."""
-        return [self.trusted[key] for key in sorted(self.trusted)[:depth]]
+        best = [self.near[key] for key in sorted(self.near)[:depth]]
+        if len(best) < depth:
+            deep = sorted(self.deep)[: depth - len(best)]
+            best += [self._level(key, self.deep[key]) for key in deep]
+        return best
 
     def known_top(self, depth: int) -> list[Level]:
         """Give the best levels that are known, trusted or not."""
-        if len(self.trusted) >= depth or not self.beyond:
+        if self.trusted >= depth or not self.beyond:
             return self.top(depth)
-        held = self.trusted | self.beyond
-        return [held[key] for key in sorted(held)[:depth]]
+        return self.whole()[:depth]
+
+    def whole(self) -> list[Level]:
+        """Give every level held, trusted or not, best first."""
+        far = self.deep | self.beyond
+        return self.deep_top(len(self.near)) + [self._level(key, far[key]) for key in sorted(far)]
 
     def best(self) -> Level | None:
         key = self.best_key()
-        return None if key is None else self.trusted[key]
+        return None if key is None else self.near[key]
 
     def best_key(self) -> int | None:
         window = self._ordered(1)
         return window[0] if window else None
 
-    def key(self, price: str) -> int:
-        """Give the key of a price, and note it for the next time."""
+    def rescale(self, scale: int) -> None:
+        """Turn every key into one of a finer scale."""
+        self._forget_order()
+        factor = 10 ** (scale - self.scale)
+        for held in (self.deep, self.beyond):
+            # At the new scale these prices would be written in another way.
+            finer = {key * factor: self._level(key, kept) for key, kept in held.items()}
+            held.clear()
+            held.update(finer)
+        if self.is_bounded:
+            self._bound *= factor
+        self.scale = scale
+        self._keys = _KEYS.setdefault((self._sign, scale), {})
+
+    def _key(self, price: str) -> tuple[int, bool]:
+        """Give the key of a price, and whether that is enough to write the price again."""
         digits = price.replace(".", "")
         places = len(price) - price.find(".") - 1 if len(digits) < len(price) else 0
         if places != self.scale:
@@ -146,48 +192,57 @@ class _Side:
                 self.rescale(places)
             digits += "0" * (self.scale - places)
         key = self._sign * int(digits)
-        if len(self._keys) == _MAX_KEYS:
+        return key, price == self._price(key)
+
+    def _note(self, price: str, key: int) -> None:
+        if len(self._keys) >= _MAX_KEYS:
             self._keys.clear()
         self._keys[price] = key
-        return key
 
-    def rescale(self, scale: int) -> None:
-        """Turn every key into one of a finer scale."""
-        factor = 10 ** (scale - self.scale)
-        self.scale = scale
-        self._keys.clear()
-        for levels in (self.trusted, self.beyond):
-            finer = {key * factor: level for key, level in levels.items()}
-            levels.clear()
-            levels.update(finer)
-        if self.is_bounded:
-            self._bound *= factor
-        self._forget_order()
+    def _price(self, key: int) -> str:
+        """Write a price with as many places as the scale has."""
+        digits = str(key * self._sign)
+        if not self.scale:
+            return digits
+        digits = digits.zfill(self.scale + 1)
+        return f"{digits[: -self.scale]}.{digits[-self.scale :]}"
+
+    def _level(self, key: int, kept: str | Level) -> Level:
+        return (self._price(key), kept) if isinstance(kept, str) else kept
+
+    def _demote(self, keys: Iterable[int]) -> None:
+        for key in keys:
+            level = self.near.pop(key)
+            self.deep[key] = level[1] if level[0] == self._price(key) else level
 
     def _ordered(self, depth: int) -> list[int]:
         """Put the window in order; it holds `depth` keys, or all there are."""
-        trusted, window = self.trusted, self._window
+        near, window = self.near, self._window
         if self._moved:
             for key in self._moved:
                 at = bisect_left(window, key)
                 is_listed = at < len(window) and window[at] == key
-                if key in trusted:
+                if key in near:
                     if not is_listed:
                         window.insert(at, key)
                 elif is_listed:
                     del window[at]
             self._moved.clear()
         self._ordered_depth = max(self._ordered_depth, 2 * depth)
-        if len(window) < depth:
-            if len(window) < len(trusted):
-                window = self._window = sorted(trusted)
-            self._edge = self._bound
-        if len(window) > 2 * self._ordered_depth:
+        if len(window) < depth and self._edge < self._bound:
+            more = sorted(self.deep)[: self._ordered_depth]
+            for key in more:
+                near[key] = self._level(key, self.deep.pop(key))
+            window += more
+            self._edge = window[-1] if self.deep else self._bound
+        elif len(window) > 2 * self._ordered_depth:
+            self._demote(window[self._ordered_depth :])
             del window[self._ordered_depth :]
             self._edge = window[-1]
         return window
 
     def _forget_order(self) -> None:
+        self._demote(list(self.near))
         self._window.clear()
         self._moved.clear()
         self._edge = -_UNBOUNDED
@@ -196,18 +251,16 @@ class _Side:
     def _prune(self) -> None:
         """Let the far end go, and with it an eighth more, so that this is rare."""
         self.beyond.clear()
-        if len(self.trusted) <= self._max_levels:
-            return
-        self._keep(sorted(self.trusted)[: self._max_levels - self._max_levels // 8])
+        if self.trusted > self._max_levels:
+            self._forget_order()
+            self._keep(sorted(self.deep)[: self._max_levels - self._max_levels // 8])
 
     def _keep(self, keys: list[int]) -> None:
         """Let go of all but the best levels, which are at least one, and trust nothing below."""
-        kept = {key: self.trusted[key] for key in keys}
-        # Not a new dict: a change may be half applied.
-        self.trusted.clear()
-        self.trusted.update(kept)
+        kept = {key: self.deep[key] for key in keys}
+        self.deep.clear()
+        self.deep.update(kept)
         self._bound = keys[-1]
-        self._forget_order()
 
 
 class OrderBook:
@@ -299,8 +352,8 @@ class OrderBook:
     def trusted_depth(self) -> int:
         """Up to which depth `top` is complete; for a whole book, that of its longer side."""
         sides = self._bids, self._asks
-        bounded = [len(side.trusted) for side in sides if side.is_bounded]
-        return min(bounded) if bounded else max(len(side.trusted) for side in sides)
+        bounded = [side.trusted for side in sides if side.is_bounded]
+        return min(bounded) if bounded else max(side.trusted for side in sides)
 
     def differences(self, other: "OrderBook") -> tuple[int, int]:
         """Give how many levels both books can be compared in, and how many of them differ.
@@ -329,7 +382,7 @@ class OrderBook:
         text = "".join(
             f"{name} {_plain(price)} {_plain(size)}\n"
             for name, side in (("bid", self._bids), ("ask", self._asks))
-            for _, (price, size) in sorted((side.trusted | side.beyond).items())
+            for price, size in side.whole()
         )
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -21,6 +21,26 @@ def test_two_texts_of_one_price_are_one_level() -> None:
     assert book.top(5) == ([("1.1", "6")], [])
 
 
+def test_a_price_keeps_its_text_however_deep_it_lies() -> None:
+    with patch.object(module, "_WINDOW", 2):
+        book = OrderBook()
+    texts = ["9.50", "9.5", "09.40", "9.3", ".70", "0.60", "00.50", "0.4"]
+    book.load([(text, "1") for text in texts], [])
+    # 9.5 is the later text of its price, and has fewer places than the finest.
+    assert [price for price, _ in book.top(1)[0]] == ["9.5"]
+    book.apply([("9.5", "0"), ("9.40", "2"), ("0.7", "2"), ("0.70", "3"), ("0.6", "4")], [])
+    book.apply([("0.125", "5"), ("0.40", "6")], [])
+    assert book.top(9)[0] == [
+        ("9.40", "2"),
+        ("9.3", "1"),
+        ("0.70", "3"),
+        ("0.6", "4"),
+        ("00.50", "1"),
+        ("0.40", "6"),
+        ("0.125", "5"),
+    ]
+
+
 def test_prices_that_one_float_cannot_tell_apart_are_two_levels() -> None:
     low, high = "0.10000000000000000001", "0.10000000000000000002"
     assert float(low) == float(high)
