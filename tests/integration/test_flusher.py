@@ -1,13 +1,16 @@
 """The flusher between real servers: every kind of record, duplicates, poison, two at once."""
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
+from flusher.tables import TABLES
 from sluice import records
 from sluice.records import Gap, Kline, OrderbookSnapshot, Record, Ticker, Trade
 from tests.faults.waiting import eventually
@@ -193,9 +196,11 @@ def spoilt(**fields: Any) -> bytes:
 TRADE_POISON = {
     "NaN": spoilt(price="NaN"),
     "Infinity": spoilt(quantity="Infinity"),
+    "minus infinity": spoilt(price="-Infinity"),
     "negative": spoilt(price="-1"),
     "zero": spoilt(quantity="0.000"),
     "exponent": spoilt(price="1e5"),
+    "far exponent": spoilt(price="1e200000"),
     "underscore": spoilt(price="1_0"),
     "hexadecimal": spoilt(price="0x1F"),
     "blank": spoilt(price=" 1"),
@@ -210,6 +215,11 @@ TRADE_POISON = {
     "other digits": spoilt(price="\u0661"),
     "empty": spoilt(price=""),
     "too long": spoilt(price="1" * 51),
+    "huge": spoilt(price="9" * 100_000),
+    "a point": spoilt(price="."),
+    "in brackets": spoilt(price="[1]"),
+    "in quotes": spoilt(price='"1"'),
+    "null as text": spoilt(price="null"),
     "a number": spoilt(price=1.5),
     "a null": spoilt(price=None),
     "id beyond bigint": spoilt(trade_id=2**63),
@@ -225,13 +235,19 @@ TRADE_POISON = {
     "symbol with NUL": spoilt(symbol="BTC\x00USDT"),
     "symbol with a tab": spoilt(symbol="BTC\tUSDT"),
     "symbol with a backslash": spoilt(symbol="BTC\\USDT"),
+    "symbol with a newline": spoilt(symbol="BTCUSDT\n"),
+    "symbol as a list": spoilt(symbol=["BTCUSDT"]),
+    "exchange as an object": spoilt(exchange={}),
     "symbol too long": spoilt(symbol="B" * 65),
     "lone surrogate": spoilt(symbol="BTC").replace(b'"BTC"', b'"BTC\\ud800USDT"'),
     "no UTF-8": spoilt(symbol="BTC").replace(b"BTC", b"\xff\xfe"),
     "surrogate in UTF-8": spoilt(symbol="BTC").replace(b"BTC", b"\xed\xa0\x80"),
+    "an empty list": b"[]",
     "an object": b'{"exchange":"binance"}',
     "a text": b'"binance"',
     "too short": b'["binance","BTCUSDT",1]',
+    "too long and too short": b"[" + b"1," * 100_000 + b"1]",
+    "deep inside": spoilt(price="deep").replace(b'"deep"', b"[" * 100_000 + b"]" * 100_000),
     "two records": trade(1) + b"," + trade(2),
     "truncated": trade(1)[:-20],
     "deep": b"[" * 100_000,
@@ -240,19 +256,109 @@ TRADE_POISON = {
 }
 
 
-async def test_poison_of_every_kind_is_dead_lettered_alone(
+async def test_poison_of_every_kind_among_a_thousand_each_is_dead_lettered_alone(
     environment: dict[str, str], postgres: Database, redis: Redis
 ) -> None:
     items = []
     for number, poison in enumerate(TRADE_POISON.values()):
-        items += [trade(3 * number + 1000), poison, trade(3 * number + 1001)]
+        good = [trade(1000 * number + place) for place in range(1000)]
+        good[number * 7 % 1000] = poison
+        items += good
     queue = await push(redis, items)
     async with flushing(environment):
         await drained(redis, "trade")
-    good = sorted(3 * number + base for number in range(len(TRADE_POISON)) for base in (1000, 1001))
-    assert await stored_ids(postgres) == good
+    bad = {1000 * number + number * 7 % 1000 for number in range(len(TRADE_POISON))}
+    assert await stored_ids(postgres) == [n for n in range(len(items)) if n not in bad]
     dead = await letters(redis)
     assert [letter["raw"] for letter in dead] == list(TRADE_POISON.values())
     assert all(letter["reason"] for letter in dead)
     assert (await queue.balance()).is_exact
     assert await fetch(postgres, "SELECT symbol FROM markets") == [(SYMBOL,)]
+
+
+def gap(number: int, cause: str = "why") -> bytes:
+    fields = (f"g{number}", "trade", 3, 5, None, None, cause, "open", 0, 1, DAY, None)
+    return records.encode(Gap("binance", SYMBOL, *fields))  # type: ignore[arg-type]  # one tuple of mixed types
+
+
+def snapshot(number: int, price: str = "1.1") -> bytes:
+    moment = DAY + number * 1_000_000
+    return records.encode(
+        OrderbookSnapshot("binance", SYMBOL, moment, 5, 4, moment, moment, [(price, "2")], [], 20)
+    )
+
+
+def kline(number: int, interval: str = "1m", close: str = "3") -> bytes:
+    opened = DAY + number * 60_000_000
+    return records.encode(
+        Kline(
+            *("binance", SYMBOL, interval, opened, opened + 9, "2", "4", "1", close, "10", "20", 6),
+            *("5", "10", -1, -1, DAY + 1),
+        )
+    )
+
+
+def ticker(number: int, bid: str | None = None) -> bytes:
+    return records.encode(
+        Ticker(
+            *("binance", SYMBOL, "ticker", DAY + number, "1", "2", "3", "1", "7", "8"),
+            *(bid, None, None, None, None, DAY + 2),
+        )
+    )
+
+
+OTHER_POISON: dict[str, tuple[Callable[[int], bytes], list[bytes]]] = {
+    "gap": (
+        gap,
+        [
+            gap(100, cause="a\x00b"),
+            gap(101, cause="X").replace(b'"X"', b'"\\ud800"'),
+            gap(102).replace(b'"open"', b'"ajar"'),
+            gap(103).replace(b",3,5,", b",%d,5," % 2**63),
+            b"[null]",
+        ],
+    ),
+    "orderbook_snapshot": (
+        snapshot,
+        [
+            *map(
+                partial(snapshot, 100), ("NaN", "1e5", "1,2", "1;2", "{1}", "]", "", "-1", "1\t2")
+            ),
+            snapshot(100).replace(b'[["1.1","2"]]', b'[["1.1"]]'),
+            snapshot(100).replace(b'[["1.1","2"]]', b"{}"),
+        ],
+    ),
+    "kline": (
+        kline,
+        [
+            kline(100, interval="1\tm"),
+            kline(100, interval="1\\m"),
+            kline(100, interval="1y"),
+            *(kline(100, close=text) for text in ("NaN", "1m", "null", "1e3", "-1")),
+        ],
+    ),
+    "ticker": (
+        ticker,
+        [*map(partial(ticker, 100), ("null", "nullnull", "NaN", "miniTicker", "1\n2", "[1]", ""))],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_POISON)
+async def test_poison_of_each_kind_of_record_is_dead_lettered_alone(
+    kind: str, environment: dict[str, str], postgres: Database, redis: Redis
+) -> None:
+    make, poison = OTHER_POISON[kind]
+    good = [make(number) for number in range(len(poison) + 1)]
+    items = [item for pair in zip(good, poison, strict=False) for item in pair]
+    queue = await push(redis, [*items, good[-1]], kind)
+    async with flushing(environment):
+        await drained(redis, kind)
+    dead = await letters(redis, kind)
+    assert [letter["raw"] for letter in dead] == poison
+    assert all(letter["reason"] for letter in dead)
+    balance = await queue.balance()
+    assert (balance.acked, balance.dead, balance.length) == (len(good), len(poison), 0)
+    assert await fetch(postgres, f"SELECT count(*) FROM {TABLES[kind].name}") == [
+        (len(good),)
+    ]  # a name of ours
