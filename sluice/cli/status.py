@@ -17,7 +17,6 @@ from sluice.settings import Market, Settings
 
 RATE_SECONDS: Final = 1.0
 _MARKETS: Final = "SELECT exchange, symbol FROM markets ORDER BY exchange, symbol"
-_GAPS: Final = "SELECT status, count(*) AS number FROM gaps GROUP BY status ORDER BY status"
 
 
 def status(
@@ -40,15 +39,17 @@ def status(
             await asyncio.sleep(RATE_SECONDS)
             sample = await observer.sample()
             if as_json:
-                typer.echo(msgspec.json.encode(await _facts(settings, sample)).decode())
+                typer.echo(
+                    msgspec.json.encode(_facts(sample, await observer.gap_counts())).decode()
+                )
             elif watch:
-                with Live(_draw(sample, await _gaps(settings)), auto_refresh=False) as live:
+                with Live(_draw(sample, await observer.gap_counts()), auto_refresh=False) as live:
                     while True:
                         await asyncio.sleep(seconds)
                         sample = await observer.sample()
-                        live.update(_draw(sample, await _gaps(settings)), refresh=True)
+                        live.update(_draw(sample, await observer.gap_counts()), refresh=True)
             else:
-                stdout_console().print(_draw(sample, await _gaps(settings)))
+                stdout_console().print(_draw(sample, await observer.gap_counts()))
             return sample.problem
         finally:
             await observer.close()
@@ -66,24 +67,16 @@ def _draw(sample: Sample, gaps: dict[str, int]) -> RenderableType:
     return Group(screen(sample, "Sluice"), Text(f"gaps: {told}"))
 
 
-async def _facts(settings: Settings, sample: Sample) -> dict[str, Any]:
+def _facts(sample: Sample, gaps: dict[str, int]) -> dict[str, Any]:
     facts: dict[str, Any] = msgspec.to_builtins(sample, enc_hook=str)
     for market, state in zip(facts["markets"], sample.markets, strict=True):
         market["market"] = str(state.market)
-    return {**facts, "gaps": await _gaps(settings)}
+    return {**facts, "gaps": gaps}
 
 
 async def _markets(settings: Settings) -> list[Market]:
     connection = await connect_postgres(settings)
     try:
         return [Market(row["exchange"], row["symbol"]) for row in await connection.fetch(_MARKETS)]
-    finally:
-        await connection.close()
-
-
-async def _gaps(settings: Settings) -> dict[str, int]:
-    connection = await connect_postgres(settings)
-    try:
-        return {row["status"]: row["number"] for row in await connection.fetch(_GAPS)}
     finally:
         await connection.close()
