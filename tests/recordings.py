@@ -1,7 +1,9 @@
 """Recorded sockets read as book messages, apart from the adapters.
 
 A line is `<local timestamp> <raw JSON>`, in microseconds or nanoseconds; the REST image stands as a
-line of its own. The public recordings lie beside the repository and may be absent.
+line of its own. A capture of many markets is two files: `<url> -> <seconds>: <body>` is an answer
+of REST, `<seconds>: <raw JSON>` a frame. The public recordings lie beside the repository and may
+be absent.
 """
 
 import gzip
@@ -31,6 +33,8 @@ class Recording(NamedTuple):
     symbol: str
     continuity: Continuity
     image_limit: int
+    is_capture: bool = False
+    """Whether it is one market of a capture of many."""
 
 
 class Quote(NamedTuple):
@@ -115,6 +119,30 @@ def recordings() -> list[Recording]:
     ]
 
 
+def captures() -> list[Recording]:
+    """Name all books in the captures of many markets, whether the files are here or not."""
+    markets: list[tuple[str, str, Continuity]] = [
+        *(("BINANCE", name, "contiguous") for name in ("BLZETH", "LRCBTC", "NKNUSDT", "RUNEEUR")),
+        *(
+            ("BINANCE_FUTURES", name, "chained")
+            for name in ("AKROUSDT", "CTKUSDT", "KEEPUSDT", "SUSHIUSDT")
+        ),
+    ]
+    folder = RECORDINGS / "raw-http-ws"
+    return [
+        Recording(
+            f"{venue}-{symbol}".lower(),
+            [folder / f"{venue}.http.0.0.gz", folder / f"{venue}.ws.1.0.gz"],
+            RECORDINGS / "oracles" / f"raw_{venue}.json",
+            symbol,
+            continuity,
+            1000,
+            is_capture=True,
+        )
+        for venue, symbol, continuity in markets
+    ]
+
+
 def oracle(recording: Recording) -> dict[str, Any]:
     """Read what the book must be at the end of a recording."""
     results = json.loads(recording.oracle.read_text())
@@ -124,6 +152,12 @@ def oracle(recording: Recording) -> dict[str, Any]:
 
 def messages(recording: Recording) -> Iterator[Depth | DepthImage | Quote]:
     """Read the changes, the image and the quotes of a recording, in the order they arrived."""
+    if recording.is_capture:
+        for ts_recv, body in capture(recording):
+            message = _of_capture(recording, body, ts_recv)
+            if message is not None:
+                yield message
+        return
     frame_of = msgspec.json.Decoder(_Frame)
     data_of = msgspec.json.Decoder(_Data)
     image_of = msgspec.json.Decoder(_Image)
@@ -138,6 +172,33 @@ def messages(recording: Recording) -> Iterator[Depth | DepthImage | Quote]:
                 frame = frame_of.decode(body)
                 if "@trade" not in frame.stream:
                     yield _message(data_of.decode(frame.data), _micros(stamp))
+
+
+def capture(recording: Recording) -> list[tuple[int, bytes]]:
+    """Read the market's images, and the frames of all markets, with their times (microseconds)."""
+    found = []
+    answers, frames = recording.files
+    with gzip.open(answers, "rb") as lines:
+        for line in lines:
+            asked, _, answer = line.partition(b" -> ")
+            if f"symbol={recording.symbol}&".encode() in asked:
+                found.append(answer)
+    with gzip.open(frames, "rb") as lines:
+        found += [line for line in lines if line[:1].isdigit()]
+    parts = (line.partition(b": ") for line in found)
+    return sorted((int(float(stamp) * 1e6), body) for stamp, _, body in parts)
+
+
+def _of_capture(
+    recording: Recording, body: bytes, ts_recv: int
+) -> Depth | DepthImage | Quote | None:
+    if body.startswith(b'{"lastUpdateId"'):
+        return _image(recording, msgspec.json.decode(body, type=_Image))
+    frame = msgspec.json.decode(body, type=_Frame)
+    name, _, kind = frame.stream.partition("@")
+    if name.upper() != recording.symbol or kind not in {"depth@100ms", "bookTicker"}:
+        return None
+    return _message(msgspec.json.decode(frame.data, type=_Data), ts_recv)
 
 
 def _image(recording: Recording, image: _Image) -> DepthImage:
