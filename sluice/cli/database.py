@@ -1,5 +1,6 @@
 """`sluice db`: makes the database, says whether it can be trusted, keeps its candles."""
 
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 
@@ -46,16 +47,21 @@ async def prepare(settings: Settings, say: Say) -> None:
 
 @app.command("init")
 def init() -> None:
-    """Apply schema.sql; safe at any time and any number of times."""
+    """Apply schema.sql; safe at any time and any number of times.
 
-    async def work(settings: Settings) -> None:
-        connection = await connect_postgres(settings)
-        try:
-            await connection.execute(read_schema())
-        finally:
-            await connection.close()
+    A database of another version is refused with exit code 1.
+    """
 
-    run(work)
+    async def work(connection: asyncpg.Connection) -> None:
+        version = await schema.schema_version(connection)
+        if version not in {None, SCHEMA_VERSION}:
+            raise SchemaError(
+                f"the database is at version {version}, this release makes {SCHEMA_VERSION}: "
+                "run `sluice db upgrade`"
+            )
+        await connection.execute(read_schema())
+
+    _change(work)
 
 
 @app.command("upgrade")
@@ -65,16 +71,25 @@ def upgrade() -> None:
     Makes the schema where there is none. A newer database is refused with exit code 1.
     """
 
-    async def work(settings: Settings) -> None:
-        connection = await connect_postgres(settings)
-        try:
-            await schema.upgrade(connection, typer.echo)
-        finally:
-            await connection.close()
+    async def work(connection: asyncpg.Connection) -> None:
+        await schema.upgrade(connection, typer.echo)
         typer.echo(f"the schema is at version {SCHEMA_VERSION}")
 
+    _change(work)
+
+
+def _change(work: Callable[[asyncpg.Connection], Awaitable[None]]) -> None:
+    """Do something to the schema; where it can not be done, that is one line and exit 1."""
+
+    async def call(settings: Settings) -> None:
+        connection = await connect_postgres(settings)
+        try:
+            await work(connection)
+        finally:
+            await connection.close()
+
     try:
-        run(work)
+        run(call)
     except SchemaError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(EXIT_UNEXPLAINED) from error

@@ -114,6 +114,8 @@ def maintain(
             show(done, as_json=as_json, empty="")
         raise
     show(done, as_json=as_json, empty="nothing to do")
+    if dry_run and done:
+        sys.stderr.write("nothing of this was done: --dry-run\n")
 
 
 async def _refuse_unfit(connection: asyncpg.Connection) -> None:

@@ -35,6 +35,36 @@ def test_a_database_is_made_and_made_again(runner: CliRunner, postgres: Database
     execute(postgres, "SELECT FROM tickers, book_tops")
 
 
+def test_a_database_of_another_version_is_upgraded_and_not_made_again(
+    runner: CliRunner, postgres: Database
+) -> None:
+    execute(
+        postgres,
+        "UPDATE schema_version SET version = 1",
+        "DROP TABLE late_ranges",
+        "DROP PROCEDURE refresh_candles (timestamptz, timestamptz, integer [])",
+        "SET ROLE sluice_owner",
+        "CREATE PROCEDURE refresh_candles (timestamptz, timestamptz) LANGUAGE SQL AS 'SELECT 1'",
+    )
+
+    refused = runner.invoke(app, ["init"])
+    upgraded = runner.invoke(app, ["upgrade"])
+    again = runner.invoke(app, ["upgrade"])
+
+    assert (refused.exit_code, upgraded.exit_code, again.exit_code) == (1, 0, 0)
+    assert "run `sluice db upgrade`" in refused.stderr
+    assert upgraded.stdout.splitlines() == [
+        "applied migration 0002-late-ranges",
+        "the schema is at version 2",
+    ]
+    assert again.stdout.splitlines() == ["the schema is at version 2"]
+
+    execute(postgres, "INSERT INTO schema_version (version) VALUES (1000)")
+    newer = runner.invoke(app, ["upgrade"])
+    assert newer.exit_code == 1
+    assert "at version 1000" in newer.stderr
+
+
 def test_a_check_names_what_is_not_sound(runner: CliRunner, postgres: Database) -> None:
     # The test's server need not be sound itself: it may run without fsync.
     before = _faults(runner)
