@@ -1,25 +1,33 @@
 """The operator's commands on real servers, as an operator types them."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from aiohttp import web
 from redis.asyncio import Redis
 
 from sluice import records
 from sluice.queue import RecordQueue
 from sluice.records import Trade
+from tests.served import served
 from tests.servers import Database, execute
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def sluice(
-    environment: dict[str, str], *arguments: str, code: int = 0
+    environment: dict[str, str], *arguments: str, code: int = 0, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-c", "from sluice.cli import main; main()", *arguments],
-        env={"PATH": os.environ["PATH"], "COLUMNS": "200", **environment},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
@@ -136,17 +144,45 @@ async def test_status_shows_markets_queues_and_gaps(
     assert "binance:BTCUSDT" in sluice(environment, "status").stdout
 
 
-def test_doctor_finds_nothing_wrong_with_sound_servers_but_what_the_tests_did_to_them(
-    redis_environment: dict[str, str], postgres: Database
+async def test_doctor_finds_nothing_wrong_with_sound_servers_but_what_the_tests_did_to_them(
+    redis_environment: dict[str, str], postgres: Database, tmp_path: Path
 ) -> None:
-    environment = {**redis_environment, **postgres.environment, "SYMBOLS": "binance:BTCUSDT"}
-    found = json.loads(sluice(environment, "doctor", "--json", code=1).stdout)
-    assert {row["what"] for row in found if row["is_sound"] == "NO"} == {"fsync"}
+    async def tell_the_time(_: web.Request) -> web.Response:
+        return web.json_response({"serverTime": time.time_ns() // 1_000_000 - 60_000})
+
+    async with served(tell_the_time) as venue:
+        environment = {
+            **redis_environment,
+            **postgres.environment,
+            "SYMBOLS": "binance:BTCUSDT",
+            "BINANCE_SPOT_REST_URL": venue,
+            "SPOOL_DIR": str(tmp_path),
+            "SPOOL_MAX_MB": "1",
+        }
+        told = await asyncio.to_thread(sluice, environment, "doctor", "--json", code=1)
+    found = {row["what"]: row for row in json.loads(told.stdout)}
+    wrong = {what: row["fix"] for what, row in found.items() if not row["is_sound"]}
+    assert wrong.keys() <= {"fsync", "binance"}
+    assert "our clock is off by +60." in found["binance"]["found"]
+    assert "clock" in wrong["binance"]
+    assert "has them" in found["rights of the user"]["found"]
+    assert found["websockets"]["is_sound"]
 
 
-def test_doctor_names_what_is_away_and_what_to_do() -> None:
-    away = {"REDIS_PORT": "1", "POSTGRES_PORT": "1"}
-    found = json.loads(sluice(away, "doctor", "--json", code=1).stdout)
-    wrong = {row["what"]: row["fix"] for row in found if row["is_sound"] == "NO"}
-    assert wrong.keys() == {"SYMBOLS", "redis", "postgres"}
+def test_doctor_names_what_is_away_and_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("REDIS_PASSWORD=secret\n")
+    (tmp_path / ".env").chmod(0o644)
+    away = {
+        "REDIS_PORT": "1",
+        "POSTGRES_PORT": "1",
+        "SPOOL_DIR": str(tmp_path),
+        "SPOOL_MAX_MB": "1000000000",
+        "SYMBOLS": "binance:BTCUSDT",
+        "BINANCE_SPOT_REST_URL": "http://127.0.0.1:1",
+    }
+    found = json.loads(sluice(away, "doctor", "--json", code=1, cwd=tmp_path).stdout)
+    wrong = {row["what"]: row["fix"] for row in found if not row["is_sound"]}
+    assert wrong.keys() == {"disk of the spool", ".env", "redis", "postgres", "binance"}
+    assert "chmod 600" in wrong[".env"]
+    assert "BINANCE_SPOT_REST_URL" in wrong["binance"]
     assert "REDIS_HOST" in wrong["redis"]
