@@ -6,6 +6,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from loguru import logger
@@ -14,10 +15,14 @@ from prometheus_client.core import Metric
 from collector.aggregates import Aggregates
 from collector.anchors import Anchors
 from collector.backfill import Backfill, Venue
+from collector.candles import Candles
 from collector.ledger import TRADE, Ledger
 from collector.liveness import Liveness
+from collector.plausibility import Plausibility
 from collector.polling import AFTER_SECONDS, Polling
 from collector.skew import ClockSkew
+from collector.windows import Windows
+from sluice import records
 from sluice.budget import Budget
 from sluice.clock import MICROS_PER_SECOND
 from sluice.connections import connect_redis
@@ -43,6 +48,8 @@ class Intake:
     exchange: Exchange
     publisher: Publisher
     last_seen: dict[Market, float]
+    windows: Windows
+    plausibility: Plausibility = field(default_factory=Plausibility)
     messages: Counter[str] = field(default_factory=Counter)
     lag: float = 0.0
     """Seconds from the exchange's time of the last trade to our reading it."""
@@ -59,10 +66,11 @@ class Intake:
                 self.messages[TRADE] += 1
                 self.last_seen[Market(message.exchange, message.symbol)] = time.monotonic()
                 self.lag = (ts_recv - message.ts_event) / MICROS_PER_SECOND
-                self.publisher.put(message)
+                self._put_trade(message)
             elif isinstance(message, Kline | Ticker):
                 self.messages[type(message).__name__.lower()] += 1
                 self.publisher.put(message)
+                self.windows.read(message)
             elif isinstance(message, ServerShutdown):
                 stream.renew("the server shuts down")
             elif isinstance(message, Reply) and message.error is not None:
@@ -73,6 +81,14 @@ class Intake:
                     message.request_id,
                     message.error,
                 )
+
+    def _put_trade(self, trade: Trade) -> None:
+        believed, refuted = self.plausibility.admit(trade)
+        for each in believed:
+            self.publisher.put(each)
+        if refuted is not None:
+            reason = f"{self.exchange.name}: trade id {refuted.trade_id} is not believed: next came"
+            self.publisher.put_bad_frame(records.encode(refuted), f"{reason} {trade.trade_id}")
 
 
 class Rate:
@@ -98,16 +114,18 @@ class Collector:
 
     process: Process
     publisher: Publisher
+    windows: Windows
     streams: dict[Stream, list[Market]] = field(default_factory=dict)
     intakes: dict[str, Intake] = field(default_factory=dict)
     last_seen: dict[Market, float] = field(default_factory=dict)
     backfill: Backfill | None = None
+    candles: Candles | None = None
     liveness: Liveness | None = None
     skew: ClockSkew | None = None
     polling: Polling | None = None
     rate: Rate = field(default_factory=Rate)
 
-    def connection_changed(self, _: str = "") -> None:
+    def connection_changed(self) -> None:
         """Tell readiness how many sockets are open."""
         missing = sum(not stream.is_connected for stream in self.streams)
         if missing:
@@ -115,10 +133,16 @@ class Collector:
         else:
             self.process.health.ready("sockets")
 
+    def disconnected(self, markets: list[Market], _: str) -> None:
+        """Note that a socket has ended: what has no ids is missed until it is back."""
+        self.windows.broken(markets)
+        self.connection_changed()
+
     def renew(self, market: Market, reason: str) -> None:
         """Replace the sockets that carry a market."""
         for stream, markets in self.streams.items():
             if market in markets:
+                self.windows.broken(markets)
                 stream.renew(reason)
 
     def unreachable(self) -> list[Market]:
@@ -129,6 +153,11 @@ class Collector:
             if stream.unheard_seconds > AFTER_SECONDS
             for market in markets
         ]
+
+    @property
+    def open_gaps(self) -> int:
+        """How many gaps are worked on, of ids and of candles."""
+        return sum(work.open_gaps for work in (self.backfill, self.candles) if work is not None)
 
     def statistics(self) -> str:
         """Give the line that is logged every 30 s."""
@@ -141,7 +170,7 @@ class Collector:
         depths = " ".join(
             f"{kind} {depth}" for kind, depth in sorted(self.publisher.lengths.items())
         )
-        gaps = self.backfill.open_gaps if self.backfill else 0
+        gaps = self.open_gaps
         connected = sum(stream.is_connected for stream in self.streams)
         return (
             f"{connected} of {len(self.streams)} sockets, {ended} ended; "
@@ -197,7 +226,7 @@ class Collector:
         yield counter("collector_bad_frames", "Frames nobody can read", [({}, counts.bad_frames)])
         yield from self.publisher.metrics()
         if self.backfill is not None:
-            yield gauge("gaps_open", "Gaps being worked on", [({}, self.backfill.open_gaps)])
+            yield gauge("gaps_open", "Gaps being worked on", [({}, self.open_gaps)])
             yield counter("backfill_pages", "Pages asked for", [({}, self.backfill.pages)])
             yield counter("backfill_trades", "Trades fetched", [({}, self.backfill.filled)])
         if self.skew is not None:
@@ -225,7 +254,8 @@ async def run(process: Process) -> None:
         clients.push_async_callback(redis.aclose)
         publisher = Publisher(redis, settings)
         process.health.check("redis", publisher.unfitness)
-        collector = Collector(process, publisher)
+        windows = Windows(redis, publisher, [name for name in settings.streams if name != TRADE])
+        collector = Collector(process, publisher, windows)
         process.statistics.append(collector.statistics)
         process.metrics.append(collector.metrics)
         process.facts.append(collector.facts)
@@ -248,6 +278,7 @@ async def run(process: Process) -> None:
         collector.backfill = Backfill(
             redis, ledgers, venues, settings.gap_settle_ms, Aggregates(settings)
         )
+        collector.candles = Candles(redis, venues, settings.markets)
         collector.liveness = Liveness(redis, venues, collector.last_seen, collector.renew)
         collector.skew = ClockSkew(venues)
         collector.polling = Polling(
@@ -267,6 +298,8 @@ async def run(process: Process) -> None:
                 _after(
                     fitness,
                     collector.backfill.run(stop),
+                    collector.candles.run(stop),
+                    windows.run(stop),
                     anchors.run(stop),
                     collector.skew.run(stop),
                     *(
@@ -281,6 +314,7 @@ async def run(process: Process) -> None:
             await asyncio.wait(sources)
             publisher_stop.set()
             await publishing
+            await windows.finish()
             await asyncio.wait([keepers], timeout=settings.drain_seconds / 4)
             keepers.cancel()
 
@@ -288,7 +322,7 @@ async def run(process: Process) -> None:
 def _add_streams(collector: Collector, exchange: Exchange, markets: list[Market]) -> None:
     """Spread a venue's channels over sockets, all streams of a market on the same one."""
     process, settings = collector.process, collector.process.settings
-    intake = Intake(exchange, collector.publisher, collector.last_seen)
+    intake = Intake(exchange, collector.publisher, collector.last_seen, collector.windows)
     collector.intakes[exchange.name] = intake
     gate = ConnectGate(exchange)
     now = time.monotonic()
@@ -298,6 +332,7 @@ def _add_streams(collector: Collector, exchange: Exchange, markets: list[Market]
     proxy = settings.proxy_url.get_secret_value() if settings.proxy_url else None
     symbols = [market.symbol for market in markets]
     for number, part in enumerate(split(symbols, per_socket)):
+        carried = [Market(exchange.name, symbol) for symbol in part]
         channels = [exchange.channel(symbol, s) for symbol in part for s in settings.streams]
         stream = Stream(
             exchange,
@@ -306,13 +341,13 @@ def _add_streams(collector: Collector, exchange: Exchange, markets: list[Market]
             intake.read,
             gate=gate,
             on_connected=collector.connection_changed,
-            on_disconnected=collector.connection_changed,
+            on_disconnected=partial(collector.disconnected, carried),
             on_progress=process.progress,
             proxy=proxy,
             rollover_at=settings.rollover_times,
             name=f"{exchange.name}/{number}",
         )
-        collector.streams[stream] = [Market(exchange.name, symbol) for symbol in part]
+        collector.streams[stream] = carried
 
 
 async def _after(first: "asyncio.Task[None]", *then: Coroutine[None, None, None]) -> None:

@@ -21,6 +21,8 @@ POINTS: Final = frozenset(
         "publisher.returned",
         "backfill.page_read",
         "backfill.page_pushed",
+        "candles.page_read",
+        "candles.page_pushed",
         "ledger.gap_pushed",
         "flusher.claimed",
         "flusher.markets_known",

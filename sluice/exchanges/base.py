@@ -124,6 +124,8 @@ class Exchange(Protocol):
     """The depths that a book image can be asked for, ascending."""
     history_page: int
     """The most trades one page of history holds."""
+    klines_page: int
+    """The most candles one page holds."""
 
     def channel(self, symbol: str, stream: str) -> str:
         """Name a stream of a market as the venue does: ('BTCUSDT', 'trade') is 'btcusdt@trade'."""

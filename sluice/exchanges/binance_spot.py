@@ -260,6 +260,7 @@ class BinanceSpot:
     weight_per_minute = 6000
     image_limits: Sequence[int] = (100, 500, 1000, 5000)
     history_page = 1000
+    klines_page = 1000
 
     def __init__(self, name: str, ws_setting: str, rest_setting: str) -> None:
         self.name = name

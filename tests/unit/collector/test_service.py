@@ -10,6 +10,7 @@ from prometheus_client.core import Metric
 
 from collector import service
 from collector.service import Collector, Intake, Rate
+from collector.windows import Windows
 from sluice.connections import connect_redis
 from sluice.exchanges import EXCHANGES
 from sluice.lifecycle import Process
@@ -38,8 +39,13 @@ def publisher(tmp_path: Path) -> Publisher:
 
 
 @pytest.fixture
-def intake(publisher: Publisher) -> Intake:
-    return Intake(VENUE, publisher, {})
+def windows(publisher: Publisher) -> Windows:
+    return Windows(connect_redis(Settings.model_validate({})), publisher, ["kline_1m", "ticker"])
+
+
+@pytest.fixture
+def intake(publisher: Publisher, windows: Windows) -> Intake:
+    return Intake(VENUE, publisher, {}, windows)
 
 
 @pytest.fixture
@@ -96,10 +102,10 @@ def test_a_rate_is_that_of_the_last_while() -> None:
 
 
 async def test_the_statistics_and_the_metrics_say_what_happened(
-    intake: Intake, publisher: Publisher, stream: Stream
+    intake: Intake, publisher: Publisher, windows: Windows, stream: Stream
 ) -> None:
     process = Process("collector", Settings.model_validate({}), asyncio.Event())
-    collector = Collector(process, publisher, {stream: []}, {"binance": intake})
+    collector = Collector(process, publisher, windows, {stream: []}, {"binance": intake})
     intake.read(stream, json.dumps(TRADE).encode(), NOW)
     intake.read(stream, b"", NOW)
     collector.connection_changed()
