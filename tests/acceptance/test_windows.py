@@ -10,8 +10,10 @@ from typing import Any
 
 import asyncpg
 import pytest
+from redis.asyncio import Redis
 
 from sluice.clock import now_micros
+from sluice.queue import STREAMS_COVERED
 from tests.acceptance.completeness import fresh
 from tests.acceptance.processes import Processes, processes
 from tests.faults.waiting import eventually
@@ -84,16 +86,15 @@ async def settled(database: Database, channel: str) -> list[asyncpg.Record]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("point", ["", "candles.page_read", "candles.page_pushed"])
 async def test_what_a_dead_collector_missed_is_refilled_or_named(
-    point: str, pipeline: Processes, postgres: Database
+    point: str, pipeline: Processes, postgres: Database, redis: Redis
 ) -> None:
     pipeline.start("collector")
     await fresh(postgres.dsn, 0)
 
-    async def has_candles_and_notes() -> bool:
-        found = await fetch(postgres, "SELECT count(*) FROM klines")
-        return bool(found[0][0] >= 4)
+    async def is_noted() -> bool:
+        return await redis.hlen(STREAMS_COVERED) == 2
 
-    await eventually(has_candles_and_notes)
+    await eventually(is_noted)
     pipeline.kill("collector")
     await asyncio.sleep(3)
     if point:
