@@ -51,6 +51,7 @@ mutants: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.books
 	$(BIN)/python -m benchmarks.flusher
+	$(BIN)/python -m benchmarks.storage
 
 # Ends a recording and the servers that `make run` brought; their data stays.
 stop: $(VENV)/.installed

@@ -8,11 +8,15 @@ that swings by 500 with noise of 600 ticks on top, of a quantity of up to five d
 Apache edition of TimescaleDB, and where SLUICE_COMMUNITY_DSN names a server of the Community
 edition, there too: in a database of their own, which is dropped at the end.
 
+What the columnstore takes depends on what trades are like, so the recorded ones of BTCUSDT and
+ETHUSDT are measured too where they lie beside the repository: end to end, 40 times over.
+
 Times are the median (least to most) of the runs, from question to last row, caches warm.
 """
 
 import argparse
 import asyncio
+import gzip
 import io
 import os
 import secrets
@@ -26,16 +30,23 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import msgspec
 from redis.asyncio import Redis
 
 from benchmarks.flusher import make_trades
+from flusher.tables import TABLES
 from sluice import records
 from sluice.cli.debian import ensure_root, why_not
 from sluice.cli.servers import PostgresServer, RedisServer
+from sluice.exchanges import EXCHANGES
 from sluice.queue import RecordQueue
+from sluice.records import Trade
 from sluice.schema import read_schema
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORDINGS = ROOT.parent / "shared" / "recordings" / "binance-spot"
+TABLE = TABLES["trade"]
+TURNS = 40
 STEP = 500_000
 LISTED = 100_000
 FILL = """
@@ -105,6 +116,62 @@ async def measure(dsn: str, rows: int, runs: int) -> None:
         say("a day of candles, stored", await timed(connection, runs))
     finally:
         await connection.close()
+
+
+async def measure_recorded(dsn: str) -> None:
+    """Print what recorded trades take in the columnstore."""
+    trades = recorded_trades()
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute("TRUNCATE trades")
+        await connection.execute(TABLE.create_staging)
+        span = trades[-1].ts_event - trades[0].ts_event + 1_000_000
+        ids = max(trade.trade_id for trade in trades) - min(trade.trade_id for trade in trades) + 1
+        for turn in range(TURNS):
+            moved = [
+                msgspec.structs.replace(
+                    trade,
+                    trade_id=trade.trade_id + turn * ids,
+                    first_id=trade.first_id + turn * ids,
+                    ts_event=trade.ts_event + turn * span,
+                    ts_recv=trade.ts_recv + turn * span,
+                )
+                for trade in trades
+            ]
+            text = TABLE.lines(
+                [1 + (trade.symbol == "ETHUSDT") for trade in moved],
+                list(map(msgspec.structs.astuple, moved)),
+            )
+            assert text is not None
+            async with connection.transaction():
+                await connection.copy_to_table(
+                    TABLE.staging,
+                    source=memoryview(text),  # type: ignore[arg-type]  # as flusher.writer
+                    columns=TABLE.column_names,
+                    null=TABLE.null,
+                )
+                status = await connection.execute(TABLE.insert)
+                assert status == f"INSERT 0 {len(trades)}", status
+        await connection.execute("SELECT compress_chunk(c) FROM show_chunks('trades') AS c")
+        size = await connection.fetchval(
+            "SELECT sum(total_bytes)::bigint FROM chunks_detailed_size('trades')"
+        )
+        say("bytes a recorded trade, columnstore, all in", f"{size / len(trades) / TURNS:.1f}")
+    finally:
+        await connection.close()
+
+
+def recorded_trades() -> list[Trade]:
+    """Read the recorded trades, in order of time."""
+    trades = []
+    for file in sorted(RECORDINGS.glob("spot_*usdt_*.gz")):
+        with gzip.open(file, "rb") as lines:
+            for line in lines:
+                stamp, _, frame = line.partition(b" ")
+                if b"@trade" in frame[:60]:
+                    parsed = EXCHANGES["binance"].parse(frame, int(stamp) // 1000)
+                    trades += [record for record in parsed if isinstance(record, Trade)]
+    return sorted(trades, key=lambda trade: trade.ts_event)
 
 
 async def timed(connection: asyncpg.Connection, runs: int) -> str:
@@ -196,6 +263,8 @@ def main() -> None:
     with community_database() as dsn:
         if dsn is not None:
             asyncio.run(measure(dsn, arguments.rows, arguments.runs))
+            if RECORDINGS.is_dir():
+                asyncio.run(measure_recorded(dsn))
 
 
 if __name__ == "__main__":
