@@ -1,8 +1,9 @@
 """From records to Redis lists: batched, in order, and to the disk while Redis refuses them.
 
 `put` never waits. One task pushes what has come: the first of BATCH_RECORDS records or
-BATCH_SECONDS. What Redis refuses goes to the spool and returns in order; only what the spool can
-not take either is shed, counted, logged as ERROR and named by a gap.
+BATCH_SECONDS. What Redis refuses, or what QUEUE_MAX_MB has no room for, goes to the spool and
+returns in order; only what the spool can not take either is shed, counted, logged as ERROR and
+named by a gap.
 """
 
 import asyncio
@@ -39,6 +40,8 @@ MOST_BYTES_IN_BATCH: Final = 8 * 2**20
 MOST_BYTES_IN_MEMORY: Final = 256 * 2**20
 """What may wait while Redis or the disk takes its time; seconds of the busiest market."""
 CHECK_SECONDS: Final = 1.0
+RESUMED_SHARE: Final = 0.9
+"""Of QUEUE_MAX_MB: the queues must have shrunk to it before they are pushed to again."""
 ADOPT_SECONDS: Final = 60.0
 SHED_LOG_SECONDS: Final = 10.0
 KEPT_GAPS: Final = 10_000
@@ -142,6 +145,7 @@ class Publisher:
         self._backoff = Backoff(first=0.1, most=5.0)
         self._retry_at = 0.0
         self._is_fit = False
+        self._are_queues_full = False
 
     @property
     def is_fit(self) -> bool:
@@ -149,7 +153,7 @@ class Publisher:
         return self._is_fit
 
     def unfitness(self) -> str:
-        """Say why records do not reach Redis now, or nothing where they do."""
+        """Say why Redis takes no records now, or nothing where it does."""
         return "" if self._is_fit else "it takes no records; they wait on the disk"
 
     @property
@@ -238,6 +242,7 @@ class Publisher:
                 await self._return_spooled()
                 if now >= check_at:
                     check_at = now + CHECK_SECONDS
+                    await self._measure_queues()
                     await self._check()
             await self._finish()
         except BaseException:
@@ -289,7 +294,7 @@ class Publisher:
 
     async def _push(self, batch: Batch) -> bool:
         """Push one batch; tells whether Redis took it."""
-        if time.monotonic() < self._retry_at:
+        if self._are_queues_full or time.monotonic() < self._retry_at:
             return False
         try:
             length, prior = await self._queues[batch.kind].push(batch.items, batch.segments)
@@ -421,6 +426,28 @@ class Publisher:
         for spool in found:
             logger.info("adopted a spool of {} records", spool.records)
         self._adopted += found
+
+    async def _measure_queues(self) -> None:
+        """Learn whether the queues have reached QUEUE_MAX_MB: then the disk is next."""
+        if time.monotonic() < self._retry_at:
+            return
+        most = self._settings.queue_max_mb * 2**20
+        try:
+            held = sum([await queue.memory() for queue in self._queues.values()])
+        except (RedisError, OSError) as error:
+            self._postpone(error)
+            return
+        was_full = self._are_queues_full
+        self._are_queues_full = held >= most * (RESUMED_SHARE if was_full else 1)
+        if self._are_queues_full and not was_full:
+            logger.warning(
+                "the queues hold {} MB, QUEUE_MAX_MB is {}: records wait on the disk until the "
+                "database has taken some",
+                held >> 20,
+                self._settings.queue_max_mb,
+            )
+        elif was_full and not self._are_queues_full:
+            logger.info("the queues have room again: what waits on the disk returns")
 
     async def _check(self) -> None:
         """Compare Redis' heads with ours, keep bad frames, and name what was shed."""

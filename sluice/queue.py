@@ -333,6 +333,10 @@ class RecordQueue:
         """Count the items that wait."""
         return await self._redis.llen(self.key)
 
+    async def memory(self) -> int:
+        """Estimate the bytes of Redis' memory that the list takes, from a few of its nodes."""
+        return await self._redis.memory_usage(self.key) or 0
+
     async def balance(self) -> Balance:
         """Read the durable counters and the length in one step."""
         pushed, acked, dead, length = await self._balance(keys=[self.key, self._counters_key])

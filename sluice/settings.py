@@ -184,6 +184,7 @@ class Settings(BaseSettings):
     book_idle_minutes: Annotated[float, Field(ge=0)] = 60.0
     book_audit_seconds: Annotated[float, Field(ge=0)] = 60.0
 
+    queue_max_mb: Annotated[int, Field(ge=1)] = 1024
     spool_dir: Path = Path(".sluice/spool")
     spool_max_mb: Annotated[int, Field(ge=1)] = 1024
     gap_settle_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 1000
