@@ -120,7 +120,7 @@ def _running_pid() -> int | None:
 
 def write_environment(path: Path, environment: Mapping[str, str]) -> None:
     """Leave the settings that lead to servers and markets where a shell can read them."""
-    prefixes = ("REDIS_", "POSTGRES_", "SYMBOLS")
+    prefixes = ("REDIS_", "POSTGRES_", "SYMBOLS", "SIMULATOR_", "SPOOL_DIR")
     lines = [
         f"export {name}={shlex.quote(value)}\n"
         for name, value in sorted(environment.items())
