@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PYTHON ?=
 PACKAGES = collector flusher orderbook sluice
 
-.PHONY: run test check stop clean completeness books kills outages chaos mutants bench
+.PHONY: run test check stop clean completeness books kills outages chaos mutants bench docs screens
 
 # make run [SYMBOLS=binance:BTCUSDT,binance:ETHUSDT] [SECONDS=60]
 # Without SYMBOLS it records the simulator, in a database of its own.
@@ -52,6 +52,14 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.books
 	$(BIN)/python -m benchmarks.flusher
 	$(BIN)/python -m benchmarks.storage
+
+# Writes the pages of docs/ that are made by commands; screens needs servers as run does.
+docs: $(VENV)/.installed
+	$(BIN)/python -m sluice.cli.configuration >docs/configuration.md
+	$(BIN)/python -m sluice.cli.commands >docs/commands.md
+
+screens: $(VENV)/.installed
+	deploy/screens
 
 # Ends a recording and the servers that `make run` brought; their data stays.
 stop: $(VENV)/.installed

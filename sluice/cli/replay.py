@@ -62,7 +62,14 @@ GROUP BY 1 ORDER BY 1
 
 def replay(
     files: Annotated[
-        list[Path], typer.Argument(exists=True, dir_okay=False, readable=True, metavar="FILE...")
+        list[Path],
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            metavar="FILE...",
+            help="Recordings of one venue: ours, or public ones.",
+        ),
     ],
     market: Annotated[
         list[str] | None,
