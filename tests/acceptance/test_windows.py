@@ -3,8 +3,12 @@
 import asyncio
 import json
 import signal
+import sys
+import time
 import urllib.request
+from asyncio.subprocess import PIPE
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +88,8 @@ async def settled(database: Database, channel: str) -> list[asyncpg.Record]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("point", ["", "candles.page_read", "candles.page_pushed"])
 async def test_what_a_dead_collector_missed_is_refilled_or_named(
-    point: str, pipeline: Processes, postgres: Database, redis: Redis
+    pipeline: Processes, postgres: Database, redis: Redis
 ) -> None:
     pipeline.start("collector")
     await fresh(postgres.dsn, 0)
@@ -97,7 +100,7 @@ async def test_what_a_dead_collector_missed_is_refilled_or_named(
     await eventually(is_noted)
     pipeline.kill("collector")
     await asyncio.sleep(3)
-    if point:
+    for point in ("candles.page_read", "candles.page_pushed"):
         armed = {"SLUICE_TESTING": "1", "SLUICE_FAILPOINT": f"{point}:1"}
         process = pipeline.start("collector", "", None, **armed)
         await eventually(lambda: process.poll() is not None)
@@ -112,3 +115,48 @@ async def test_what_a_dead_collector_missed_is_refilled_or_named(
     tickers = await settled(postgres, "ticker")
     assert {gap["status"] for gap in tickers} == {"lost"}
     assert all(gap["from_time"] < gap["to_time"] for gap in tickers)
+
+
+async def backfill(running: Processes, *arguments: str) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from sluice.cli import main; main()", "backfill"),
+        *(f"binance:{SYMBOL}", *arguments, "--json"),
+        env=running.environment,
+        stdout=PIPE,
+        stderr=PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 120)
+    assert process.returncode == 0, err.decode()
+    (row,) = json.loads(out)
+    assert isinstance(row, dict)
+    return row
+
+
+@pytest.mark.timeout(300)
+async def test_history_is_fetched_by_time(pipeline: Processes, postgres: Database) -> None:
+    await asyncio.sleep(4)  # a history that nobody recorded
+    pipeline.start("collector")
+    await fresh(postgres.dsn, 0)
+    first_id, _ = pipeline.control(f"truth?symbol={SYMBOL}")["ids"]
+    since = datetime.fromtimestamp(time.time() - 120, UTC).isoformat()
+    until = datetime.fromtimestamp(time.time(), UTC).isoformat()
+    row = await backfill(pipeline, "--from", since, "--to", until)
+    assert (row["from_id"], row["left"]) == (first_id, 0)
+    stored = "SELECT min(first_id), count(*), sum(trade_id - first_id + 1) FROM trades"
+    whole = [(first_id, row["to_id"] - first_id + 1)]
+
+    async def has_history() -> bool:
+        found = await fetch(postgres, f"{stored} WHERE trade_id <= {row['to_id']}")
+        return [(found[0][0], found[0][2])] == whole
+
+    await eventually(has_history)
+    row = await backfill(pipeline, "--from", since, "--to", until, "--stream", "kline_1s")
+    assert row["left"] == 0
+    opened = min(await asyncio.to_thread(published, pipeline, 0))
+
+    async def begins() -> bool:
+        found = await fetch(postgres, CANDLES)
+        return bool(found) and found[0][0] == opened
+
+    await eventually(begins)
+    await eventually(lambda: candles_are_whole(pipeline, postgres))
