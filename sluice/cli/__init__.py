@@ -13,6 +13,7 @@ from sluice.cli.markets import book, markets, top
 from sluice.cli.record import record
 from sluice.cli.replay import replay
 from sluice.cli.run import run, stop
+from sluice.cli.sizes import sizes
 from sluice.cli.status import status
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ for command in (
     *(install, maintain),
 ):
     app.command()(command)
+database.app.command("sizes")(sizes)
 app.add_typer(database.app, name="db")
 app.add_typer(queues.app, name="queues")
 app.add_typer(dead.app, name="dead")
