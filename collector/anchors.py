@@ -108,6 +108,7 @@ class Anchors:
         self._venues = venues
         self._first_pushed = first_pushed
         self._settings = settings
+        self.backfill_hours = settings.backfill_hours
         self._gap_queue = RecordQueue(redis, "gap")
         self._orphans_at = time.monotonic() + ORPHANS_SECONDS
 
@@ -127,13 +128,17 @@ class Anchors:
                 logger.warning("where the record should begin is not known yet: {}", error)
                 delay = backoff.next_delay()
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await stop.wait()
 
     async def _step(self) -> None:
-        firsts = await self._redis.hmget(UNANCHORED, [ledger.field for ledger in self._ledgers])
+        ledgers = list(self._ledgers)
+        if not ledgers:
+            return
+        firsts = await self._redis.hmget(UNANCHORED, [ledger.field for ledger in ledgers])
         pending = [
             (ledger, int(first))
-            for ledger, first in zip(self._ledgers, firsts, strict=True)
+            for ledger, first in zip(ledgers, firsts, strict=True)
             if first is not None
         ]
         are_orphans_due = time.monotonic() >= self._orphans_at
@@ -144,7 +149,7 @@ class Anchors:
             for ledger, first in pending:
                 await self._anchor(connection, ledger, first)
             if are_orphans_due:
-                for ledger in self._ledgers:
+                for ledger in ledgers:
                     await self._adopt_orphans(connection, ledger)
                 self._orphans_at = time.monotonic() + ORPHANS_SECONDS
         finally:
@@ -211,7 +216,7 @@ class Anchors:
 
     async def _wanted_history(self, ledger: Ledger, first: int) -> list[tuple[int, int]]:
         """Find the range of ids that BACKFILL_HOURS asks for at a market's first start."""
-        hours = self._settings.backfill_hours
+        hours = self.backfill_hours
         if hours == 0:
             return []
         venue = self._venues[ledger.market.exchange]

@@ -132,7 +132,7 @@ class Backfill:
         self._redis = redis
         self._ledgers = ledgers
         self._venues = venues
-        self._settle_ms = settle_ms
+        self.settle_ms = settle_ms
         self._aggregates = aggregates
         self._queue = RecordQueue(redis, TRADE)
         self._token = uuid.uuid4().hex
@@ -157,14 +157,15 @@ class Backfill:
                 logger.warning("backfill: Redis: {}; nothing is lost, trying again", error)
                 delay = backoff.next_delay()
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), delay or 0.001)
+                async with asyncio.timeout(delay or 0.001):
+                    await stop.wait()
 
     async def _step(self) -> bool:
         """Settle what is new and fetch one page; tells whether there was one to fetch."""
         work: list[tuple[Hole, Gap, Ledger]] = []
         open_gaps = 0
         for ledger in await self._unsettled():
-            gaps = await ledger.settle(self._settle_ms, "missed on the socket")
+            gaps = await ledger.settle(self.settle_ms, "missed on the socket")
             open_gaps += len(gaps)
             for hole in await ledger.holes():
                 work += [(hole, gap, ledger) for gap in gaps if covers(gap, hole.first, hole.last)]
@@ -189,12 +190,13 @@ class Backfill:
         return False
 
     async def _unsettled(self) -> list[Ledger]:
+        ledgers = list(self._ledgers)
         async with self._redis.pipeline(transaction=False) as pipeline:
-            for ledger in self._ledgers:
+            for ledger in ledgers:
                 pipeline.zcard(holes_key(ledger.field))
                 pipeline.hlen(gaps_key(ledger.field))
             counts = await pipeline.execute()
-        pairs = zip(self._ledgers, counts[::2], counts[1::2], strict=True)
+        pairs = zip(ledgers, counts[::2], counts[1::2], strict=True)
         return [ledger for ledger, holes, gaps in pairs if holes or gaps]
 
     async def _fetch(self, hole: Hole, gap: Gap, ledger: Ledger, attempts: _Attempts) -> None:

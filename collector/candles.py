@@ -8,7 +8,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -102,11 +102,11 @@ class Candles:
     """Refills the windows of these markets' candles; any number may run side by side."""
 
     def __init__(
-        self, redis: Redis, venues: Mapping[str, Venue], markets: Sequence[Market]
+        self, redis: Redis, venues: Mapping[str, Venue], markets: Collection[Market]
     ) -> None:
         self._redis = redis
         self._venues = venues
-        self._markets = frozenset(markets)
+        self._markets = markets
         self._queue = RecordQueue(redis, "kline")
         self._gap_queue = RecordQueue(redis, "gap")
         self._token = uuid.uuid4().hex
@@ -127,7 +127,8 @@ class Candles:
                 logger.warning("candles: Redis: {}; nothing is lost, trying again", error)
                 delay = backoff.next_delay()
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await stop.wait()
 
     async def _step(self) -> bool:
         """Fetch one page; tells whether there was one to fetch."""

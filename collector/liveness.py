@@ -5,6 +5,7 @@ for over REST; ids that the socket did not bring become holes, and its socket is
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -93,7 +94,9 @@ class Liveness:
 
     async def _ask(self, market: Market) -> None:
         venue = self._venues[market.exchange]
-        silent_since = self._last_seen[market]
+        silent_since = self._last_seen.get(market)
+        if silent_since is None:
+            return  # it was removed while another was asked about
         body = await venue.rest.get(
             venue.exchange.last_trade_request(market.symbol), Priority.BACKFILL
         )
@@ -105,8 +108,8 @@ class Liveness:
         head = await self._redis.hget(HEADS, stream)
         if head is not None and int(head) >= newest:
             return
-        if self._last_seen[market] > silent_since:
-            return  # the socket spoke while we asked
+        if self._last_seen.get(market, math.inf) > silent_since:
+            return  # the socket spoke, or the market was removed, while we asked
         self.stalls += 1
         logger.warning(
             "{}: the socket has been silent for {:.0f} s but the venue is at trade {}, we at {}; "

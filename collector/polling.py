@@ -96,7 +96,8 @@ class Polling:
                 self._put(trade)
                 self.trades += 1
                 self._newest[market] = trade.trade_id
-        self._last_seen[market] = time.monotonic()
+        if market in self._last_seen:  # it may have been removed meanwhile
+            self._last_seen[market] = time.monotonic()
 
     async def _known(self, market: Market) -> int | None:
         """Give the highest id that was pushed or is about to be."""

@@ -1,16 +1,17 @@
 """The collector's wiring: which sockets carry what, and where it goes."""
 
 import asyncio
+import itertools
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
 from loguru import logger
 from prometheus_client.core import Metric
+from redis.asyncio import Redis
 
 from collector.aggregates import Aggregates
 from collector.anchors import Anchors
@@ -35,10 +36,12 @@ from sluice.presence import announce
 from sluice.publisher import Publisher
 from sluice.records import Kline, Ticker, Trade
 from sluice.rest import RestClient
-from sluice.settings import Market
-from sluice.stream import ConnectGate, Stream, split
+from sluice.settings import Market, Settings
+from sluice.sockets import Sockets, tell_markets
+from sluice.stream import ConnectGate, Stream
 
 RATE_SECONDS: Final = 30.0
+_RELOADED: Final = {"symbols", "streams"}
 
 
 @dataclass
@@ -64,7 +67,9 @@ class Intake:
         for message in messages:
             if isinstance(message, Trade):
                 self.messages[TRADE] += 1
-                self.last_seen[Market(message.exchange, message.symbol)] = time.monotonic()
+                market = Market(message.exchange, message.symbol)
+                if market in self.last_seen:  # what a socket still brings of one removed is not
+                    self.last_seen[market] = time.monotonic()
                 self.lag = (ts_recv - message.ts_event) / MICROS_PER_SECOND
                 self._put_trade(message)
             elif isinstance(message, Kline | Ticker):
@@ -125,6 +130,11 @@ class Collector:
     polling: Polling | None = None
     rate: Rate = field(default_factory=Rate)
 
+    @property
+    def markets(self) -> set[Market]:
+        """The markets that the sockets carry."""
+        return {market for markets in self.streams.values() for market in markets}
+
     def connection_changed(self) -> None:
         """Tell readiness how many sockets are open."""
         missing = sum(not stream.is_connected for stream in self.streams)
@@ -133,9 +143,9 @@ class Collector:
         else:
             self.process.health.ready("sockets")
 
-    def disconnected(self, markets: list[Market], _: str) -> None:
+    def disconnected(self, stream: Stream) -> None:
         """Note that a socket has ended: what has no ids is missed until it is back."""
-        self.windows.broken(markets)
+        self.windows.broken(self.streams.get(stream, ()))
         self.connection_changed()
 
     def renew(self, market: Market, reason: str) -> None:
@@ -146,12 +156,13 @@ class Collector:
                 stream.renew(reason)
 
     def unreachable(self) -> list[Market]:
-        """Name the markets that have had no socket for long."""
+        """Name the markets whose trades have had no socket for long."""
         return [
             market
             for stream, markets in self.streams.items()
             if stream.unheard_seconds > AFTER_SECONDS
             for market in markets
+            if market in self.last_seen
         ]
 
     @property
@@ -254,37 +265,30 @@ async def run(process: Process) -> None:
         clients.push_async_callback(redis.aclose)
         publisher = Publisher(redis, settings)
         process.health.check("redis", publisher.unfitness)
-        windows = Windows(redis, publisher, [name for name in settings.streams if name != TRADE])
+        windows = Windows(redis, publisher)
         collector = Collector(process, publisher, windows)
         process.statistics.append(collector.statistics)
         process.metrics.append(collector.metrics)
         process.facts.append(collector.facts)
 
-        by_exchange: dict[str, list[Market]] = defaultdict(list)
-        for market in settings.markets:
-            by_exchange[market.exchange].append(market)
-        venues = {}
-        for name, markets in by_exchange.items():
-            exchange = EXCHANGES[name]
-            rest = RestClient(exchange, settings, Budget(redis, exchange))
-            clients.push_async_callback(rest.close)
-            venues[name] = Venue(exchange, rest)
-            _add_streams(collector, exchange, markets)
-        collector.connection_changed()
-
-        ledgers = [
-            Ledger(redis, market) for market in settings.markets if TRADE in settings.streams
-        ]
-        collector.backfill = Backfill(
-            redis, ledgers, venues, settings.gap_settle_ms, Aggregates(settings)
+        sources = Sources(collector, redis, clients)
+        backfill = collector.backfill = Backfill(
+            redis, sources.ledgers, sources.venues, settings.gap_settle_ms, Aggregates(settings)
         )
-        collector.candles = Candles(redis, venues, settings.markets)
-        collector.liveness = Liveness(redis, venues, collector.last_seen, collector.renew)
-        collector.skew = ClockSkew(venues)
+        collector.candles = Candles(redis, sources.venues, sources.markets)
+        collector.liveness = Liveness(redis, sources.venues, collector.last_seen, collector.renew)
+        collector.skew = ClockSkew(sources.venues)
         collector.polling = Polling(
-            redis, venues, collector.unreachable, publisher.put, collector.last_seen
+            redis, sources.venues, collector.unreachable, publisher.put, collector.last_seen
         )
-        anchors = Anchors(redis, ledgers, venues, publisher.first_pushed, settings)
+        anchors = Anchors(redis, sources.ledgers, sources.venues, publisher.first_pushed, settings)
+
+        def reload(new: Settings) -> set[str]:
+            backfill.settle_ms = new.gap_settle_ms
+            anchors.backfill_hours = new.backfill_hours
+            return {"gap_settle_ms", "backfill_hours"}
+
+        process.reload.append(reload)
 
         # The publisher stops last: it pushes what the sockets brought until their end.
         publisher_stop = asyncio.Event()
@@ -292,7 +296,9 @@ async def run(process: Process) -> None:
             fitness = tasks.create_task(redis_is_fit(redis, process.health))
             publishing = tasks.create_task(publisher.run(publisher_stop))
             tasks.create_task(announce(process, redis))
-            sources = [tasks.create_task(stream.run(stop)) for stream in collector.streams]
+            sockets = Sockets(tasks)
+            await sources.arrange(settings, sockets)
+            following = tasks.create_task(sources.follow(sockets))
             # Nothing is judged before Redis is known to be one that keeps what it is told.
             keepers = tasks.create_task(
                 _after(
@@ -302,16 +308,15 @@ async def run(process: Process) -> None:
                     windows.run(stop),
                     anchors.run(stop),
                     collector.skew.run(stop),
-                    *(
-                        [collector.liveness.run(stop), collector.polling.run(stop)]
-                        if ledgers
-                        else []
-                    ),
+                    collector.liveness.run(stop),
+                    collector.polling.run(stop),
                 )
             )
             await stop.wait()
             fitness.cancel()
-            await asyncio.wait(sources)
+            following.cancel()
+            await asyncio.wait([following])
+            await sockets.close_all()
             publisher_stop.set()
             await publishing
             await windows.finish()
@@ -319,35 +324,124 @@ async def run(process: Process) -> None:
             keepers.cancel()
 
 
-def _add_streams(collector: Collector, exchange: Exchange, markets: list[Market]) -> None:
-    """Spread a venue's channels over sockets, all streams of a market on the same one."""
-    process, settings = collector.process, collector.process.settings
-    intake = Intake(exchange, collector.publisher, collector.last_seen, collector.windows)
-    collector.intakes[exchange.name] = intake
-    gate = ConnectGate(exchange)
-    now = time.monotonic()
-    if TRADE in settings.streams:
-        collector.last_seen.update(dict.fromkeys(markets, now))
-    per_socket = max(1, exchange.streams_per_socket // max(1, len(settings.streams)))
-    proxy = settings.proxy_url.get_secret_value() if settings.proxy_url else None
-    symbols = [market.symbol for market in markets]
-    for number, part in enumerate(split(symbols, per_socket)):
-        carried = [Market(exchange.name, symbol) for symbol in part]
-        channels = [exchange.channel(symbol, s) for symbol in part for s in settings.streams]
+class Sources:
+    """The venues that are recorded and their sockets; markets and streams follow the settings.
+
+    `venues`, `markets` and `ledgers` only grow: what a market missed before it was removed is still
+    fetched.
+    """
+
+    def __init__(self, collector: Collector, redis: Redis, clients: AsyncExitStack) -> None:
+        self.venues: dict[str, Venue] = {}
+        self.markets: set[Market] = set()
+        self.ledgers: list[Ledger] = []
+        self._collector = collector
+        self._redis = redis
+        self._clients = clients
+        self._gates: dict[str, ConnectGate] = {}
+        self._new: asyncio.Queue[Settings] = asyncio.Queue()
+        collector.process.reload.append(self._reload)
+
+    def _reload(self, new: Settings) -> set[str]:
+        changes = {name: getattr(new, name) for name in _RELOADED}
+        # Addresses and the like stay as they are until a restart, for new sockets too.
+        self._new.put_nowait(self._collector.process.settings.model_copy(update=changes))
+        return _RELOADED
+
+    async def follow(self, sockets: Sockets) -> None:
+        """Apply new settings as they come, one after another."""
+        while True:
+            new = await self._new.get()
+            before = self._collector.markets
+            await self.arrange(new, sockets)
+            tell_markets(self._collector.process.name, before, self._collector.markets)
+
+    async def arrange(self, settings: Settings, sockets: Sockets) -> None:
+        """Have the sockets carry the markets and streams of the settings, and nothing else."""
+        collector = self._collector
+        wanted: dict[str, list[str]] = {name: [] for name in self.venues}
+        for market in settings.markets:
+            wanted.setdefault(market.exchange, []).append(market.symbol)
+        before = collector.markets
+        traded = settings.markets if TRADE in settings.streams else []
+        self._look_after(traded)
+        self.markets |= set(settings.markets)
+        collector.windows.follow([name for name in settings.streams if name != TRADE])
+        for name, symbols in wanted.items():
+            if name not in self.venues:
+                self._add_venue(EXCHANGES[name], settings)
+            await self._arrange_venue(EXCHANGES[name], symbols, settings, sockets)
+        for market in set(collector.last_seen).difference(traded):
+            del collector.last_seen[market]
+        collector.windows.broken(before - collector.markets)
+        collector.connection_changed()
+
+    def _look_after(self, markets: list[Market]) -> None:
+        """Have what is missing of these markets found and fetched, and their silence noticed."""
+        now = time.monotonic()
+        known = {ledger.market for ledger in self.ledgers}
+        for market in markets:
+            self._collector.last_seen.setdefault(market, now)
+            if market not in known:
+                self.ledgers.append(Ledger(self._redis, market))
+
+    def _add_venue(self, exchange: Exchange, settings: Settings) -> None:
+        collector = self._collector
+        rest = RestClient(exchange, settings, Budget(self._redis, exchange))
+        self._clients.push_async_callback(rest.close)
+        self.venues[exchange.name] = Venue(exchange, rest)
+        self._gates[exchange.name] = ConnectGate(exchange)
+        collector.intakes[exchange.name] = Intake(
+            exchange, collector.publisher, collector.last_seen, collector.windows
+        )
+
+    async def _arrange_venue(
+        self, exchange: Exchange, symbols: list[str], settings: Settings, sockets: Sockets
+    ) -> None:
+        """Spread a venue's channels over sockets, all streams of a market on the same one."""
+        collector = self._collector
+        held = {
+            stream: [market.symbol for market in markets]
+            for stream, markets in collector.streams.items()
+            if markets[0].exchange == exchange.name
+        }
+
+        def channels(part: Sequence[str]) -> list[str]:
+            return [exchange.channel(symbol, name) for symbol in part for name in settings.streams]
+
+        def make(part: list[str]) -> Stream:
+            used = {stream.name for stream in collector.streams}
+            stream = self._stream(exchange, channels(part), settings, used)
+            collector.streams[stream] = [Market(exchange.name, symbol) for symbol in part]
+            return stream
+
+        per_socket = max(1, exchange.streams_per_socket // len(settings.streams))
+        carried = await sockets.rearrange(held, symbols, per_socket, channels, make)
+        for stream in held:
+            del collector.streams[stream]
+        for stream, part in carried.items():
+            collector.streams[stream] = [Market(exchange.name, symbol) for symbol in part]
+
+    def _stream(
+        self, exchange: Exchange, channels: list[str], settings: Settings, used: set[str]
+    ) -> Stream:
+        collector = self._collector
+        proxy = settings.proxy_url.get_secret_value() if settings.proxy_url else None
+        names = (f"{exchange.name}/{number}" for number in itertools.count())
         stream = Stream(
             exchange,
             getattr(settings, exchange.ws_setting),
             channels,
-            intake.read,
-            gate=gate,
+            collector.intakes[exchange.name].read,
+            gate=self._gates[exchange.name],
             on_connected=collector.connection_changed,
-            on_disconnected=partial(collector.disconnected, carried),
-            on_progress=process.progress,
+            on_disconnected=lambda _: collector.disconnected(stream),
+            on_progress=collector.process.progress,
             proxy=proxy,
             rollover_at=settings.rollover_times,
-            name=f"{exchange.name}/{number}",
+            name=next(name for name in names if name not in used),
         )
-        collector.streams[stream] = carried
+        return stream
 
 
 async def _after(first: "asyncio.Task[None]", *then: Coroutine[None, None, None]) -> None:

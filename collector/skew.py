@@ -30,13 +30,14 @@ class ClockSkew:
     async def run(self, stop: asyncio.Event) -> None:
         """Ask until `stop`; a venue that does not answer is asked again a minute later."""
         while not stop.is_set():
-            for name, venue in self._venues.items():
+            for name, venue in list(self._venues.items()):
                 try:
                     await self._ask(name, venue)
                 except (RestError, BadFrameError) as error:
                     logger.debug("{}: its time is not known: {}", name, error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), ASK_SECONDS)
+                async with asyncio.timeout(ASK_SECONDS):
+                    await stop.wait()
 
     async def _ask(self, name: str, venue: Venue) -> None:
         request = venue.exchange.time_request()

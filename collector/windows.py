@@ -38,21 +38,25 @@ class Windows:
     the two finds a window, never a silent loss.
     """
 
-    def __init__(self, redis: Redis, publisher: Publisher, streams: Sequence[str]) -> None:
+    def __init__(self, redis: Redis, publisher: Publisher) -> None:
+        self._redis = redis
         self._publisher = publisher
-        self._coverages = {
-            stream: Coverage(
-                redis,
-                stream,
-                status="open" if stream.startswith(KLINE) else "lost",
-                notes_key=STREAMS_COVERED,
-            )
-            for stream in streams
-        }
+        self._coverages: dict[str, Coverage] = {}
         self._until: dict[tuple[str, Market], int] = {}
         self._broken: set[tuple[str, Market]] = set()
         self._new: dict[tuple[str, Market], int] = {}
         self._marked: deque[tuple[int, dict[tuple[str, Market], int]]] = deque()
+
+    def follow(self, streams: Sequence[str]) -> None:
+        """Judge these streams from now on; what is missed of others is told where they return."""
+        for stream in set(streams).difference(self._coverages):
+            self._coverages[stream] = Coverage(
+                self._redis,
+                stream,
+                status="open" if stream.startswith(KLINE) else "lost",
+                notes_key=STREAMS_COVERED,
+            )
+        self._broken |= {key for key in self._until if key[0] not in streams}
 
     @property
     def found(self) -> int:
@@ -112,7 +116,7 @@ class Windows:
         if self._new:
             self._marked.append((sum(counts.put.values()), self._new))
             self._new = {}
-        for stream, coverage in self._coverages.items():
+        for stream, coverage in list(self._coverages.items()):
             try:
                 await coverage.flush(is_final=is_final)
             except (RedisError, OSError) as error:

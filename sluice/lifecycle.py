@@ -35,6 +35,8 @@ LAST_SECONDS = 1.5
 class Process:
     """What a running service has from its process.
 
+    `settings` are those in effect: after a reload, what was applied is new and the rest is old.
+
     `stop` is set by the first signal. `statistics` gives the line that is logged every 30 s,
     `metrics` the families behind `/metrics`, `facts` what `sluice status` shows, and `reload` what
     takes new settings after SIGHUP and names the variables it applied; a service adds its own to
@@ -52,6 +54,7 @@ class Process:
     reload: list[Callable[[Settings], set[str]]] = field(default_factory=list)
     supervisor: Supervisor = field(default_factory=lambda: Supervisor(os.environ))
     started: float = field(default_factory=time.time)
+    needs_symbols: bool = False
 
     def progress(self) -> None:
         """Note that work got on: a frame or an answer came, an attempt ended."""
@@ -91,7 +94,8 @@ def run_service(name: str, service: Service, *, port: int, needs_symbols: bool) 
         sys.stderr.write(f"LOG_FILE: {settings.log_file}: {error.strerror}\n")
         raise SystemExit(EXIT_BAD_SETTINGS) from None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(_run(name, service, settings, port))
+        process = Process(name, settings, asyncio.Event(), needs_symbols=needs_symbols)
+        code = runner.run(_run(process, service, port))
     raise SystemExit(code)
 
 
@@ -134,8 +138,8 @@ class _Ending:
             deadline.cancel()
 
 
-async def _run(name: str, service: Service, settings: Settings, port: int) -> int:
-    process = Process(name, settings, asyncio.Event())
+async def _run(process: Process, service: Service, port: int) -> int:
+    name, settings = process.name, process.settings
     task = asyncio.current_task()
     assert task is not None  # noqa: S101  # a coroutine that runs has a task
     loop = asyncio.get_running_loop()
@@ -220,7 +224,7 @@ def _reload(process: Process) -> None:
     """Read the settings again, apply what can be applied, and name what needs a restart."""
     process.supervisor.reloading()
     try:
-        new = load()
+        new = load(needs_symbols=process.needs_symbols)
     except BadSettingsError as error:
         logger.error("{}: not reloaded, the old settings stay: {}", process.name, error)
     else:
@@ -228,14 +232,20 @@ def _reload(process: Process) -> None:
         changed = {
             name for name in Settings.model_fields if getattr(new, name) != getattr(old, name)
         }
-        applied: set[str] = set()
+        # How long a drain may take is asked for when one begins.
+        applied = {"log_level", "drain_seconds"}
         if "log_level" in changed:
             configure_logging(new.log_level, old.log_file)
-            applied.add("log_level")
-        for apply in process.reload:
-            applied |= apply(new)
-        process.settings = new
+        if changed:
+            for apply in process.reload:
+                applied |= apply(new)
+        update = {name: getattr(new, name) for name in changed & applied}
+        process.settings = old.model_copy(update=update)
         for name in sorted(changed):
-            word = "applied" if name in applied else "needs a restart"
-            logger.info("{}: {} {}", process.name, name.upper(), word)
+            if name in applied:
+                logger.info("{}: {} applied", process.name, name.upper())
+            else:
+                logger.warning("{}: {} needs a restart", process.name, name.upper())
+        if not changed:
+            logger.info("{}: reloaded; the settings are what they were", process.name)
     process.supervisor.ready()

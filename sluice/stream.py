@@ -88,6 +88,7 @@ class _Session:
     """One open socket and the task that reads it."""
 
     socket: ClientConnection
+    channels: set[str]
     opened: float = field(default_factory=time.monotonic)
     frames: int = 0
     last: float = field(default_factory=time.monotonic)
@@ -144,6 +145,7 @@ class Stream:
         self._session: _Session | None = None
         self._renew = asyncio.Event()
         self._renew_reason = ""
+        self._changed = asyncio.Event()
         self._request_id = 0
 
     @property
@@ -158,16 +160,28 @@ class Stream:
 
     @property
     def channels(self) -> list[str]:
-        """The channels it carries, or will after the renewal under way."""
+        """The channels it carries, or will once `is_carrying`."""
         return list(self._channels)
 
-    def renew(self, reason: str, channels: Sequence[str] | None = None) -> None:
-        """Open another socket, see data on it, then close this one; with other channels if given.
+    @property
+    def is_carrying(self) -> bool:
+        """Whether the open socket is subscribed to all channels and to no others."""
+        return self._session is not None and self._session.channels == set(self._channels)
 
-        Without an open socket only the channels change.
+    def has_room_for(self, channels: Sequence[str]) -> bool:
+        """Tell whether one socket may carry so many channels."""
+        return len(channels) <= self._exchange.streams_per_socket
+
+    def carry(self, channels: Sequence[str]) -> None:
+        """Carry these channels from now on; the new ones are there before the others are dropped.
+
+        Without an open socket the next one carries them.
         """
-        if channels is not None:
-            self._channels = list(channels)
+        self._channels = list(channels)
+        self._changed.set()
+
+    def renew(self, reason: str) -> None:
+        """Open another socket, see data on it, then close this one."""
         self._renew_reason = reason
         self._renew.set()
 
@@ -182,8 +196,8 @@ class Stream:
             return None
         asked = now_micros()
         try:
-            pong = await session.socket.ping()
-            await asyncio.wait_for(pong, ANSWER_SECONDS)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await (await session.socket.ping())
         except (TimeoutError, OSError, WebSocketException):
             return None
         self._on_progress()
@@ -224,7 +238,8 @@ class Stream:
     async def _open(self) -> _Session | None:
         """Open one socket with all channels and begin to read it; None where it failed."""
         await self._gate.pass_through()
-        in_path, rest = self._channels[:CHANNELS_IN_PATH], self._channels[CHANNELS_IN_PATH:]
+        channels = list(self._channels)
+        in_path, rest = channels[:CHANNELS_IN_PATH], channels[CHANNELS_IN_PATH:]
         try:
             socket = await connect(
                 self._base_url + self._exchange.socket_path(in_path),
@@ -242,7 +257,7 @@ class Stream:
             self.counts.disconnects["not connected"] += 1
             logger.warning("{}: no socket ({}); trying again", self.name, reason)
             return None
-        session = _Session(socket)
+        session = _Session(socket, set(channels))
         self.counts.connects += 1
         if self._session is None:
             # Before its first frame is read: who is called back may prepare for it.
@@ -250,7 +265,7 @@ class Stream:
             self._on_connected()
         session.reader = asyncio.create_task(self._read(session))
         try:
-            await self._subscribe(session, rest)
+            await self._control(session, self._exchange.subscribe, rest)
         except ConnectionClosed:
             pass  # the reader says why
         except asyncio.CancelledError:
@@ -261,12 +276,29 @@ class Stream:
             raise
         return session
 
-    async def _subscribe(self, session: _Session, channels: Sequence[str]) -> None:
+    async def _control(
+        self, session: _Session, write: Callable[[Sequence[str], int], str], channels: Sequence[str]
+    ) -> None:
+        """Send what adds or drops channels, no faster than the venue allows."""
         for start in range(0, len(channels), CHANNELS_IN_PATH):
             await asyncio.sleep(1 / self._exchange.controls_per_second)
             self._request_id += 1
             part = channels[start : start + CHANNELS_IN_PATH]
-            await session.socket.send(self._exchange.subscribe(part, self._request_id))
+            await session.socket.send(write(part, self._request_id))
+
+    async def _change(self, session: _Session) -> None:
+        """Subscribe to what the open socket lacks, then drop what it should not carry."""
+        self._changed.clear()
+        wanted = self.channels
+        added = [channel for channel in wanted if channel not in session.channels]
+        if len(session.channels) + len(added) > self._exchange.streams_per_socket:
+            self.renew("its channels change")
+            return
+        with suppress(ConnectionClosed):  # the reader says why
+            await self._control(session, self._exchange.subscribe, added)
+            dropped = sorted(session.channels.difference(wanted))
+            await self._control(session, self._exchange.unsubscribe, dropped)
+            session.channels = set(wanted)
 
     async def _read(self, session: _Session) -> str:
         """Hand every frame on; gives the reason the socket ended."""
@@ -298,18 +330,22 @@ class Stream:
         reason = "stopped"
         while not stopping.done():
             renewing = asyncio.create_task(self._renew.wait())
+            changing = asyncio.create_task(self._changed.wait())
             assert session.reader is not None  # noqa: S101  # every session is opened with one
             await asyncio.wait(
-                [session.reader, stopping, renewing],
+                [session.reader, stopping, renewing, changing],
                 timeout=WATCH_SECONDS,
                 return_when=asyncio.FIRST_COMPLETED,
             )
             renewing.cancel()
+            changing.cancel()
             if session.reader.done():
                 reason = session.reader.result()
                 break
             if stopping.done():
                 break
+            if self._changed.is_set():
+                await self._change(session)
             if self._renew.is_set() or time.monotonic() >= renew_at:
                 session, replaced = await self._replace(session, stopping)
                 self._session = session

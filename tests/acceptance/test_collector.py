@@ -6,7 +6,7 @@ the queue, field by field as it was published.
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from sluice.records import Trade
 from tests.acceptance.processes import Processes, processes, wait_until
 
 SYMBOLS = ("BTCUSDT", "SOLUSDT")
-NAMES = [f"simulator:{symbol}:trade" for symbol in SYMBOLS]
 Key = tuple[str, int]
 
 
@@ -51,15 +50,17 @@ def client(environment: dict[str, str]) -> BlockingRedis:
 class Check:
     """Compares what the simulator published with what waits in Redis."""
 
-    def __init__(self, started: Processes) -> None:
+    def __init__(self, started: Processes, symbols: Sequence[str] = SYMBOLS) -> None:
         self._processes = started
+        self._symbols = symbols
         self._redis = client(started.environment)
 
     def length(self, kind: str = "trade") -> int:
         return int(self._redis.llen(f"crypto:queue:{kind}"))
 
     def holes(self) -> int:
-        return sum(int(self._redis.zcard(f"crypto:holes:{name}")) for name in NAMES)
+        names = [f"simulator:{symbol}:trade" for symbol in self._symbols]
+        return sum(int(self._redis.zcard(f"crypto:holes:{name}")) for name in names)
 
     def records(self, kind: str) -> list[records.Record]:
         items: list[bytes] = self._redis.lrange(f"crypto:queue:{kind}", 0, -1)  # type: ignore[assignment]  # not awaited
@@ -72,7 +73,7 @@ class Check:
     def published(self) -> dict[Key, tuple[str, str, int, str]]:
         """Give what was published: price, quantity, time and side by symbol and id."""
         found = {}
-        for symbol in SYMBOLS:
+        for symbol in self._symbols:
             page: list[list[Any]] = [[0]]
             while page := self._processes.control(
                 f"trades?symbol={symbol}&from={page[-1][0] + 1}&limit=10000"
@@ -87,7 +88,7 @@ class Check:
         queued = self.queued()
         first = {
             symbol: min((number for name, number in queued if name == symbol), default=0)
-            for symbol in SYMBOLS
+            for symbol in self._symbols
         }
         return [
             (symbol, number)

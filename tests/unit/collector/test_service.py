@@ -40,12 +40,14 @@ def publisher(tmp_path: Path) -> Publisher:
 
 @pytest.fixture
 def windows(publisher: Publisher) -> Windows:
-    return Windows(connect_redis(Settings.model_validate({})), publisher, ["kline_1m", "ticker"])
+    windows = Windows(connect_redis(Settings.model_validate({})), publisher)
+    windows.follow(["kline_1m", "ticker"])
+    return windows
 
 
 @pytest.fixture
 def intake(publisher: Publisher, windows: Windows) -> Intake:
-    return Intake(VENUE, publisher, {}, windows)
+    return Intake(VENUE, publisher, {Market("binance", "BTCUSDT"): 0.0}, windows)
 
 
 @pytest.fixture
@@ -59,8 +61,17 @@ def test_a_trade_is_put_counted_and_seen(
     intake.read(stream, json.dumps(TRADE).encode(), NOW)
     assert publisher.counts.put == {"trade": 1}
     assert intake.messages == {"trade": 1}
-    assert list(intake.last_seen) == [Market("binance", "BTCUSDT")]
+    assert intake.last_seen[Market("binance", "BTCUSDT")] > 0
     assert intake.lag == pytest.approx(0.5)
+
+
+def test_a_trade_of_a_market_that_was_removed_is_kept_but_not_watched(
+    intake: Intake, publisher: Publisher, stream: Stream
+) -> None:
+    intake.last_seen.clear()
+    intake.read(stream, json.dumps(TRADE).encode(), NOW)
+    assert publisher.counts.put == {"trade": 1}
+    assert intake.last_seen == {}
 
 
 @pytest.mark.parametrize("frame", [b"", b"\x00\x01{}", b'{"e":"trade"}', b"[" * 100_000])
