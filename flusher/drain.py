@@ -228,7 +228,7 @@ class Drain:
             logger.error(
                 "{}: {} of {} records are refused and moved to {}, see `sluice dead`; the first: "
                 "{}",
-                self.queue.kind,
+                self.queue.name,
                 len(dead),
                 len(claim.items),
                 self.queue.dead_key,
@@ -248,25 +248,25 @@ class Drain:
     def _works(self) -> None:
         """Note that nothing stands in the way of this queue."""
         if self._backoff.failures:
-            logger.info("{}: flows again", self.queue.kind)
+            logger.info("{}: flows again", self.queue.name)
         self._backoff.reset()
         self._told = None
-        self._process.health.ready(self.queue.kind)
+        self._process.health.ready(self.queue.name)
 
     def _failed(self, error: Exception) -> float:
         """Say what went wrong, once, and give the delay before the next attempt."""
-        kind, verdict = self.queue.kind, judge(error)
+        name, verdict = self.queue.name, judge(error)
         self.counts.errors[verdict.value] = self.counts.errors.get(verdict.value, 0) + 1
         delay = min(self._backoff.next_delay(), _MOST_AFTER.get(verdict, MOST_SECONDS))
         text = f"{type(error).__name__}: {error}".rstrip(": ")
-        self._process.health.wait_for(kind, text)
+        self._process.health.wait_for(name, text)
         if verdict is Verdict.BUG:
             logger.opt(exception=error).error(
-                "{}: a bug; the batch stays in the queue and is tried again", kind
+                "{}: a bug; the batch stays in the queue and is tried again", name
             )
         elif verdict is not self._told or delay > RARE_SECONDS:
             level = "ERROR" if verdict is Verdict.MISSING else "WARNING"
-            logger.log(level, "{}: not written ({}); the batch stays in the queue", kind, text)
+            logger.log(level, "{}: not written ({}); the batch stays in the queue", name, text)
         self._told = verdict
         return min(delay, STOPPING_SECONDS) if self._process.stop.is_set() else delay
 
@@ -277,9 +277,9 @@ class Drain:
             else f"{error} is full; look with `sluice dead list`, then retry or drop"
         )
         health = self._process.health
-        if health.reasons_for(self.queue.kind) != why:
-            logger.error("{}: the queue stands still, nothing is lost: {}", self.queue.kind, why)
-        health.wait_for(self.queue.kind, why)
+        if health.reasons_for(self.queue.name) != why:
+            logger.error("{}: the queue stands still, nothing is lost: {}", self.queue.name, why)
+        health.wait_for(self.queue.name, why)
 
     def _disconnect(self) -> None:
         if self._writer is not None:

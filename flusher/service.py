@@ -1,16 +1,19 @@
-"""The flusher's wiring: a drain a queue, side by side, each with a connection of its own."""
+"""The flusher's wiring: a drain for each list it holds, each with a connection of its own."""
 
 import asyncio
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 from loguru import logger
 from prometheus_client.core import Metric
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from flusher.checks import UnfitDatabaseError, check
 from flusher.drain import AWAY_SECONDS, Drain
+from flusher.leases import RENEW_SECONDS, Leases
 from flusher.tables import TABLES
 from sluice.backoff import Backoff
 from sluice.connections import connect_postgres, connect_redis
@@ -18,9 +21,10 @@ from sluice.fitness import redis_is_fit
 from sluice.lifecycle import Fact, Process
 from sluice.metrics import counter, gauge
 from sluice.presence import announce
-from sluice.queue import RecordQueue
+from sluice.queue import RecordQueue, find_queues
 from sluice.settings import Settings
 
+LAST_WORD_SECONDS: Final = 0.5
 _RELOADED: Final = {"flush_batch_size", "flush_batch_bytes", "flush_interval_ms", "dead_max"}
 
 
@@ -31,17 +35,86 @@ async def run(process: Process) -> None:
     try:
         if not await _servers_are_fit(process, redis):
             return
-        drains = [Drain(RecordQueue(redis, kind), table, process) for kind, table in TABLES.items()]
+        drains = Drains(process, redis)
         process.statistics.append(_Statistics(drains))
         process.metrics.append(lambda: _metrics(drains))
         process.facts.append(lambda: _facts(drains))
         process.reload.append(lambda _: _RELOADED)  # each batch reads the process's settings
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(announce(process, redis))
-            for drain in drains:
-                tasks.create_task(drain.run())
+            tasks.create_task(drains.run())
     finally:
         await redis.aclose()
+
+
+class Drains:
+    """The drains of all lists that this flusher has held; those it holds now run."""
+
+    def __init__(self, process: Process, redis: Redis) -> None:
+        self.all: dict[str, Drain] = {}
+        """By the name of the list."""
+        self._process = process
+        self._redis = redis
+        self._leases = Leases(redis)
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def held(self) -> list[Drain]:
+        """The drains of the lists that this flusher holds."""
+        return [self.all[name] for name in self._running]
+
+    async def run(self) -> None:
+        """Drain what the leases give until the process stops, then what waits in it by then."""
+        stop = self._process.stop
+        try:
+            while not stop.is_set():
+                try:
+                    await self._share()
+                except (RedisError, OSError):
+                    # Each drain says so and goes on with what it held; to hold too much is harmless.
+                    if not self._running:
+                        self._begin([RecordQueue(self._redis, kind) for kind in TABLES])
+                await self._wait(stop)
+            while running := [task for task in self._running.values() if not task.done()]:
+                with suppress(RedisError, OSError):
+                    await self._leases.renew(drain.queue for drain in self.held)
+                await asyncio.wait(running, timeout=RENEW_SECONDS)
+        finally:
+            await self._end(list(self._running))
+            with suppress(RedisError, OSError):
+                async with asyncio.timeout(LAST_WORD_SECONDS):
+                    await self._leases.release()
+
+    async def _share(self) -> None:
+        """Begin to drain the lists that are ours now, and end what is not ours any more."""
+        queues = {queue.name: queue for queue in await find_queues(self._redis, TABLES)}
+        held = await self._leases.renew(queues.values())
+        await self._end([name for name in self._running if name not in held])
+        self._begin([queues[name] for name in sorted(held - self._running.keys())])
+
+    def _begin(self, queues: list[RecordQueue]) -> None:
+        for queue in queues:
+            drain = self.all.get(queue.name) or Drain(queue, TABLES[queue.kind], self._process)
+            self.all[queue.name] = drain
+            self._running[queue.name] = asyncio.create_task(drain.run())
+
+    async def _wait(self, stop: asyncio.Event) -> None:
+        """Wait for the next turn; an error that left a drain after all ends the process."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RENEW_SECONDS):
+                await stop.wait()
+        for task in self._running.values():
+            if task.done() and not stop.is_set():
+                task.result()
+
+    async def _end(self, names: list[str]) -> None:
+        """End drains where they are: a batch in hand stays in its list."""
+        tasks = [self._running.pop(name) for name in names]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for name in names:
+            self._process.health.ready(name)
 
 
 async def _servers_are_fit(process: Process, redis: Redis) -> bool:
@@ -88,46 +161,48 @@ async def _look_at_postgres(settings: Settings) -> None:
 class _Statistics:
     """The line on each queue, with the rate since the last line."""
 
-    def __init__(self, drains: list[Drain]) -> None:
+    def __init__(self, drains: Drains) -> None:
         self._drains = drains
-        self._last = [0] * len(drains)
+        self._last: dict[str, int] = {}
         self._since = time.monotonic()
 
     def __call__(self) -> str:
         now = time.monotonic()
         elapsed, self._since = max(now - self._since, 1e-3), now
         parts = []
-        for index, drain in enumerate(self._drains):
+        for name, drain in self._drains.all.items():
             counts = drain.counts
-            rate = (counts.taken - self._last[index]) / elapsed
-            self._last[index] = counts.taken
+            rate = (counts.taken - self._last.get(name, 0)) / elapsed
+            self._last[name] = counts.taken
             if not (counts.taken or counts.depth or counts.errors):
                 continue
             errors = "".join(f", {count} {what}" for what, count in sorted(counts.errors.items()))
             parts.append(
-                f"{drain.queue.kind}: {counts.inserted} inserted, {counts.duplicates} duplicates, "
+                f"{name}: {counts.inserted} inserted, {counts.duplicates} duplicates, "
                 f"{counts.dead} dead, {counts.depth} queued, {rate:.0f} rows/s"
                 + (f", attempts failed{errors}" if errors else "")
             )
         return "; ".join(parts) or "nothing to flush yet"
 
 
-def _facts(drains: list[Drain]) -> dict[str, Fact]:
+def _facts(drains: Drains) -> dict[str, Fact]:
     """Give what `sluice status` shows."""
-    last = max(drain.counts.last_success for drain in drains)
+    counts = [drain.counts for drain in drains.all.values()]
+    last = max((count.last_success for count in counts), default=0.0)
     return {
-        "rows": sum(drain.counts.taken for drain in drains),
+        "lists": len(drains.held),
+        "rows": sum(count.taken for count in counts),
         "last flush": f"{time.time() - last:.1f} s ago" if last else "none yet",
     }
 
 
-def _metrics(drains: list[Drain]) -> Iterable[Metric]:
+def _metrics(drains: Drains) -> Iterable[Metric]:
     yield counter(
         "flush_rows",
         "Records taken off the queues, by what became of them",
         [
-            ({"queue": drain.queue.kind, "result": result}, count)
-            for drain in drains
+            ({"queue": drain.queue.name, "result": result}, count)
+            for drain in drains.all.values()
             for result, count in (
                 ("inserted", drain.counts.inserted),
                 ("duplicate", drain.counts.duplicates),
@@ -138,34 +213,34 @@ def _metrics(drains: list[Drain]) -> Iterable[Metric]:
     yield counter(
         "flush_batches",
         "Batches written and trimmed",
-        [({"queue": drain.queue.kind}, drain.counts.batches) for drain in drains],
+        [({"queue": drain.queue.name}, drain.counts.batches) for drain in drains.all.values()],
     )
     yield counter(
         "flush_stale_claims",
         "Batches that another flusher trimmed first",
-        [({"queue": drain.queue.kind}, drain.counts.stale) for drain in drains],
+        [({"queue": drain.queue.name}, drain.counts.stale) for drain in drains.all.values()],
     )
     yield counter(
         "flush_seconds",
         "Seconds spent in writing batches",
-        [({"queue": drain.queue.kind}, drain.counts.seconds) for drain in drains],
+        [({"queue": drain.queue.name}, drain.counts.seconds) for drain in drains.all.values()],
     )
     yield counter(
         "flush_errors",
         "Attempts that failed, by class",
         [
-            ({"queue": drain.queue.kind, "class": name}, count)
-            for drain in drains
+            ({"queue": drain.queue.name, "class": name}, count)
+            for drain in drains.all.values()
             for name, count in drain.counts.errors.items()
         ],
     )
     yield gauge(
         "flush_last_success_timestamp_seconds",
         "When the last batch was trimmed, 0 before the first",
-        [({"queue": drain.queue.kind}, drain.counts.last_success) for drain in drains],
+        [({"queue": drain.queue.name}, drain.counts.last_success) for drain in drains.held],
     )
     yield gauge(
         "queue_depth",
         "Records that wait",
-        [({"queue": drain.queue.kind}, drain.counts.depth) for drain in drains],
+        [({"queue": drain.queue.name}, drain.counts.depth) for drain in drains.held],
     )

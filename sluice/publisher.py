@@ -26,7 +26,15 @@ from sluice import failpoints, records
 from sluice.backoff import Backoff
 from sluice.clock import now_micros
 from sluice.metrics import counter, gauge
-from sluice.queue import BAD_FRAMES, HEADS, RecordQueue, Segment, head_field
+from sluice.queue import (
+    BAD_FRAMES,
+    HEADS,
+    SHARDED,
+    RecordQueue,
+    Segment,
+    head_field,
+    shard_of,
+)
 from sluice.records import KIND_OF, Gap, Record, Trade
 from sluice.settings import Settings
 from sluice.spool import Batch, Spool, SpoolFullError, adopt
@@ -95,8 +103,9 @@ def contiguous(trades: Iterable[Trade]) -> list[Segment]:
 class _Draft:
     """A batch that still grows."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, shard: int) -> None:
         self.kind = kind
+        self.shard = shard
         self.items: list[bytes] = []
         self.bytes = 0
         self._runs = _Runs()
@@ -112,7 +121,7 @@ class _Draft:
             self._runs.add(record)
 
     def batch(self) -> Batch:
-        return Batch(self.kind, self.items, self._runs.segments())
+        return Batch(self.kind, self.items, self._runs.segments(), self.shard)
 
 
 class Publisher:
@@ -121,13 +130,14 @@ class Publisher:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self.counts = PublisherCounts()
         self.lengths: dict[str, int] = {}
-        """The length of each queue after our last push."""
+        """The length of each list after our last push, by its name."""
         self.first_pushed: dict[str, int] = {}
         """The lowest id that this process pushed of each stream, by its name among the heads."""
         self._redis = redis
         self._settings = settings
-        self._queues = {kind: RecordQueue(redis, kind) for kind in records.KINDS}
-        self._drafts: dict[str, _Draft] = {}
+        self._queues: dict[tuple[str, int], RecordQueue] = {}
+        self._shards: dict[tuple[str, str], int] = {}
+        self._drafts: dict[tuple[str, int], _Draft] = {}
         self._waiting: list[_Draft] = []
         self._waiting_count = 0
         self._taken: deque[Batch] = deque()
@@ -192,7 +202,7 @@ class Publisher:
         yield gauge(
             "queue_depth",
             "Length after our last push",
-            [({"queue": kind}, depth) for kind, depth in self.lengths.items()],
+            [({"queue": name}, depth) for name, depth in self.lengths.items()],
         )
 
     def put(self, record: Record) -> None:
@@ -203,9 +213,10 @@ class Publisher:
         if self._memory_bytes + len(item) > MOST_BYTES_IN_MEMORY:
             self._shed(kind, [record], "too much waits in memory")
             return
-        draft = self._drafts.get(kind)
+        shard = self._shard_of(kind, record)
+        draft = self._drafts.get((kind, shard))
         if draft is None or draft.is_full:
-            draft = self._drafts[kind] = _Draft(kind)
+            draft = self._drafts[kind, shard] = _Draft(kind, shard)
             self._waiting.append(draft)
         draft.add(record, item)
         self._memory_records += 1
@@ -215,6 +226,22 @@ class Publisher:
             self._arrived.set()
         if self._waiting_count == BATCH_RECORDS:
             self._is_full.set()
+
+    def _shard_of(self, kind: str, record: Record) -> int:
+        count = self._settings.queue_shards
+        if count == 1 or kind not in SHARDED:
+            return 0
+        market = (record.exchange, record.symbol)
+        shard = self._shards.get(market)
+        if shard is None:
+            shard = self._shards[market] = shard_of(kind, *market, count)
+        return shard
+
+    def _queue(self, kind: str, shard: int) -> RecordQueue:
+        queue = self._queues.get((kind, shard))
+        if queue is None:
+            queue = self._queues[kind, shard] = RecordQueue(self._redis, kind, shard)
+        return queue
 
     def put_bad_frame(self, frame: bytes, reason: str) -> None:
         """Count a frame that nobody can read, and keep its beginning for a person."""
@@ -297,13 +324,14 @@ class Publisher:
         if self._are_queues_full or time.monotonic() < self._retry_at:
             return False
         try:
-            length, prior = await self._queues[batch.kind].push(batch.items, batch.segments)
+            queue = self._queue(batch.kind, batch.shard)
+            length, prior = await queue.push(batch.items, batch.segments)
         except (RedisError, OSError) as error:
             self.counts.failures += 1
             self._postpone(error)
             return False
         self._note_success()
-        self.lengths[batch.kind] = length
+        self.lengths[queue.name] = length
         for segment, head in zip(batch.segments, prior, strict=True):
             self._note_head(segment, head)
         return True
@@ -482,7 +510,7 @@ class Publisher:
             logger.warning(
                 "Redis came back older in {} markets; what it lost is fetched again", len(behind)
             )
-            await self._queues["trade"].push([], behind)
+            await self._queue("trade", 0).push([], behind)
 
     async def _keep_bad_frames(self) -> None:
         if self._bad_frames:

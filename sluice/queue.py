@@ -11,7 +11,8 @@ order, and of two flushers that claimed the same batch one trim wins.
 """
 
 import random
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,15 +33,42 @@ WINDOWS: Final = f"{PREFIX}:windows"
 """Hash: `gap_id` to the gap, of each window of time that is being refilled."""
 WINDOWS_FILLED: Final = f"{PREFIX}:windows:filled"
 """Hash: `gap_id` to the exchange's time up to which its window has been refilled."""
+QUEUES: Final = f"{PREFIX}:queues"
+"""Set: the keys of the lists that ever held a record."""
+FLUSHERS: Final = f"{PREFIX}:flushers"
+"""Sorted set: the flushers that run, by when they last told so, Redis' milliseconds."""
+LEASES: Final = f"{PREFIX}:leases"
+"""Hash: the name of a list to the flusher that drains it."""
 BAD_FRAMES: Final = f"{PREFIX}:frames:bad"
 """List: the newest frames that no adapter could read."""
 MAX_TRACKED_ID: Final = 2**53 - 1
 """The highest id whose continuity is judged: scripts count in doubles."""
 
+SHARDED: Final = frozenset({"trade", "orderbook_snapshot"})
+"""The kinds that QUEUE_SHARDS splits by market; of the others there are too few to split."""
 
-def queue_key(kind: str) -> str:
-    """Name the list of a record kind."""
-    return f"{PREFIX}:queue:{kind}"
+
+def queue_key(kind: str, shard: int = 0) -> str:
+    """Name the list of a record kind, or one of its lists."""
+    return f"{PREFIX}:queue:{queue_name(kind, shard)}"
+
+
+def queue_name(kind: str, shard: int) -> str:
+    """Name a list for people: `trade` is the first one of its kind, `trade:1` the second."""
+    return f"{kind}:{shard}" if shard else kind
+
+
+def parse_queue_name(name: str) -> tuple[str, int]:
+    """Give the kind and the shard of a list's name; raises ValueError where it is none."""
+    kind, colon, shard = name.partition(":")
+    return kind, int(shard) if colon else 0
+
+
+def shard_of(kind: str, exchange: str, symbol: str, shards: int) -> int:
+    """Tell on which of the kind's lists a market's records go, the same in every process."""
+    if shards == 1 or kind not in SHARDED:
+        return 0
+    return zlib.crc32(f"{exchange}:{symbol}".encode()) % shards
 
 
 def head_field(exchange: str, symbol: str, stream: str) -> str:
@@ -178,7 +206,10 @@ local length = 0
 for i = start, #ARGV, 5000 do
   length = redis.call('RPUSH', queue, unpack(ARGV, i, math.min(i + 4999, #ARGV)))
 end
-redis.call('HINCRBY', counters, 'pushed', #ARGV - start + 1)
+local pushed = #ARGV - start + 1
+redis.call('HINCRBY', counters, 'pushed', pushed)
+-- A list that was empty may be one that no flusher has heard of.
+if length == pushed and pushed > 0 then redis.call('SADD', KEYS[5], queue) end
 return {length, prior}
 """
 )
@@ -242,6 +273,7 @@ if redis.call('LREM', dead, 1, ARGV[1]) == 0 then return 0 end
 if #ARGV == 2 then
   redis.call('RPUSH', queue, ARGV[2])
   redis.call('HINCRBY', counters, 'pushed', 1)
+  redis.call('SADD', KEYS[4], queue)
 end
 return 1
 """
@@ -255,9 +287,10 @@ return {counters[1] or '0', counters[2] or '0', counters[3] or '0', redis.call('
 class RecordQueue:
     """One list of records of one kind."""
 
-    def __init__(self, redis: Redis, kind: str) -> None:
+    def __init__(self, redis: Redis, kind: str, shard: int = 0) -> None:
         self.kind = kind
-        self.key = queue_key(kind)
+        self.name = queue_name(kind, shard)
+        self.key = queue_key(kind, shard)
         self.dead_key = f"{self.key}:dead"
         self._head_key = f"{self.key}:head"
         self._counters_key = f"{self.key}:counters"
@@ -282,7 +315,8 @@ class RecordQueue:
             arguments += (segment.field, segment.first, segment.last)
         arguments.append(holes_key(""))
         length, prior = await self._push(
-            keys=[self.key, self._counters_key, HEADS, UNANCHORED], args=[*arguments, *items]
+            keys=[self.key, self._counters_key, HEADS, UNANCHORED, QUEUES],
+            args=[*arguments, *items],
         )
         return int(length), [int(head) if head else None for head in prior]
 
@@ -325,9 +359,8 @@ class RecordQueue:
         Tells whether the letter was there; in one step, so nothing is pushed twice.
         """
         arguments = [letter] if item is None else [letter, item]
-        return bool(
-            await self._revive(keys=[self.key, self.dead_key, self._counters_key], args=arguments)
-        )
+        keys = [self.key, self.dead_key, self._counters_key, QUEUES]
+        return bool(await self._revive(keys=keys, args=arguments))
 
     async def length(self) -> int:
         """Count the items that wait."""
@@ -346,6 +379,36 @@ class RecordQueue:
         """Read the oldest item, or None where the queue is empty."""
         item = await self._redis.lindex(self.key, 0)
         return item if isinstance(item, bytes) else None
+
+    async def dead_length(self) -> int:
+        """Count the letters that wait for a person."""
+        return await self._redis.llen(self.dead_key)
+
+
+async def find_queues(redis: Redis, kinds: Iterable[str]) -> list[RecordQueue]:
+    """Give every list of these kinds, in their order: the first ones, and all that ever existed.
+
+    So whoever reads queues need not know what QUEUE_SHARDS is or was.
+    """
+    prefix = queue_key("").encode()
+    known: set[bytes] = await redis.smembers(QUEUES)  # type: ignore[assignment]  # nothing decodes
+    names = [parse_queue_name(key.removeprefix(prefix).decode()) for key in known]
+    return [
+        RecordQueue(redis, kind, shard)
+        for kind in kinds
+        for shard in sorted({0, *(shard for other, shard in names if other == kind)})
+    ]
+
+
+async def balance_of(redis: Redis, kind: str) -> Balance:
+    """Sum up the balances of all lists of a kind; where each is exact the sum is."""
+    balances = [await queue.balance() for queue in await find_queues(redis, [kind])]
+    return Balance(
+        pushed=sum(balance.pushed for balance in balances),
+        acked=sum(balance.acked for balance in balances),
+        dead=sum(balance.dead for balance in balances),
+        length=sum(balance.length for balance in balances),
+    )
 
 
 class Holes:

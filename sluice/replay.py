@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from sluice.exchanges import EXCHANGES
 from sluice.publisher import Publisher
-from sluice.queue import RecordQueue
+from sluice.queue import find_queues
 from sluice.recording import BadRecordingError, Line, Tape
 from sluice.records import KINDS
 from sluice.settings import BadSettingsError
@@ -50,7 +50,6 @@ class Replay:
         Raises:
             BadSettingsError: a file is no recording, or can not be read.
         """
-        queues = [RecordQueue(redis, kind) for kind in KINDS]
         began, first = time.monotonic(), None
         tape = iter(self.tape)
         for number in range(2**63):
@@ -65,7 +64,7 @@ class Replay:
                 await _until(began + (line.ts_recv - first) / 1e6 / self.speed, stop)
             if number % LINES_PER_TURN == 0:
                 await asyncio.sleep(0)
-                while not stop.is_set() and not await _has_room(publisher, queues):  # noqa: ASYNC110  # Redis sends no event
+                while not stop.is_set() and not await _has_room(publisher, redis):  # noqa: ASYNC110  # Redis sends no event
                     await asyncio.sleep(LOOK_SECONDS)
             yield line
 
@@ -95,13 +94,13 @@ async def _until(due: float, stop: asyncio.Event) -> None:
                 await stop.wait()
 
 
-async def _has_room(publisher: Publisher, queues: list[RecordQueue]) -> bool:
+async def _has_room(publisher: Publisher, redis: Redis) -> bool:
     if publisher.in_memory > MOST_IN_MEMORY or publisher.spool_records:
         return False
     if sum(publisher.lengths.values()) <= MOST_QUEUED:
         return True
     try:
-        lengths = {queue.kind: await queue.length() for queue in queues}
+        lengths = {q.name: await q.length() for q in await find_queues(redis, KINDS)}
     except (RedisError, OSError):
         return False
     if sum(lengths.values()) > MOST_QUEUED:

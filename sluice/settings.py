@@ -169,6 +169,7 @@ class Settings(BaseSettings):
     flush_batch_bytes: Annotated[int, Field(ge=1024, le=256 * 2**20)] = 8 * 2**20
     flush_interval_ms: Annotated[int, Field(ge=1, le=600_000)] = 1000
     dead_max: Annotated[int, Field(ge=0)] = 10_000
+    queue_shards: Annotated[int, Field(ge=1, le=64)] = 1
 
     chunk_interval: PeriodByTable = {}
     columnstore_after_days: Days = 7

@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 from loguru import logger
 
-from sluice.queue import Segment
+from sluice.queue import Segment, parse_queue_name, queue_name
 
 _SUFFIX: Final = ".spool"
 _SCHEMA: Final = """
@@ -33,11 +33,12 @@ CREATE TABLE IF NOT EXISTS batches (
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Records of one kind that are pushed together, with the runs of ids they make up."""
+    """Records that are pushed together onto one list, with the runs of ids they make up."""
 
     kind: str
     items: Sequence[bytes]
     segments: Sequence[Segment] = ()
+    shard: int = 0
 
 
 class _Content(msgspec.Struct, array_like=True):
@@ -109,7 +110,7 @@ class Spool:
         try:
             self._database.execute(
                 "INSERT INTO batches (kind, records, content) VALUES (?, ?, ?)",
-                (batch.kind, len(batch.items), content),
+                (queue_name(batch.kind, batch.shard), len(batch.items), content),
             )
         except sqlite3.OperationalError as error:
             raise SpoolFullError(f"{self.path}: {error}") from error
@@ -124,9 +125,11 @@ class Spool:
         ).fetchone()
         if row is None:
             return None
-        position, kind, content = row
+        position, name, content = row
+        kind, shard = parse_queue_name(name)
         read = msgspec.msgpack.decode(content, type=_Content)
-        return position, Batch(kind, read.items, [Segment(*segment) for segment in read.segments])
+        segments = [Segment(*segment) for segment in read.segments]
+        return position, Batch(kind, read.items, segments, shard)
 
     def remove(self, position: int) -> None:
         """Drop a batch: Redis has it."""

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Self
 import asyncpg
 from redis.asyncio import Redis
 
-from sluice.queue import Balance, RecordQueue, book_key
+from sluice.queue import Balance, balance_of, book_key
 from sluice.settings import Market
 from tests.faults.waiting import CEILING
 from tests.truth import Book, Trade, Truth, levels
@@ -334,17 +334,17 @@ async def judge(
         rows = await database.fetchval(f"SELECT count(*) FROM {table}")
         verdict.violations += check_balance(
             kind,
-            await _drained(RecordQueue(redis, kind), within),
+            await _drained(redis, kind, within),
             rows=rows if are_counters_whole else None,
             dead=(dead or {}).get(kind, 0),
         )
     return verdict
 
 
-async def _drained(queue: RecordQueue, within: float) -> Balance:
+async def _drained(redis: Redis, kind: str, within: float) -> Balance:
     """Give the balance once nothing waits, or after so many seconds as it is."""
     deadline = asyncio.get_running_loop().time() + within
-    while (balance := await queue.balance()).length:
+    while (balance := await balance_of(redis, kind)).length:
         if asyncio.get_running_loop().time() > deadline:
             break
         await asyncio.sleep(0.05)

@@ -27,7 +27,7 @@ from sluice.connections import connect_postgres, connect_redis
 from sluice.exchanges import EXCHANGES, Exchange
 from sluice.exchanges.base import BadFrameError
 from sluice.fitness import LEAST_REDIS
-from sluice.queue import RecordQueue
+from sluice.queue import find_queues
 from sluice.records import KINDS
 from sluice.rest import RestClient, RestError
 from sluice.settings import ENV_FILE, Settings
@@ -218,10 +218,11 @@ async def _look_at_redis(redis: Redis) -> list[Finding]:
     info |= await redis.info("persistence")
     number = str(info["redis_version"])
     most, used = int(info["maxmemory"]), int(info["used_memory"])
-    dead = [(kind, await redis.llen(RecordQueue(redis, kind).dead_key)) for kind in KINDS]
-    balances = [(kind, await RecordQueue(redis, kind).balance()) for kind in KINDS]
+    queues = await find_queues(redis, KINDS)
+    dead = [(queue.name, await queue.dead_length()) for queue in queues]
+    balances = [(queue.name, await queue.balance()) for queue in queues]
     letters = sum(count for _, count in dead)
-    wrong = [kind for kind, balance in balances if not balance.is_exact]
+    wrong = [name for name, balance in balances if not balance.is_exact]
     return [
         Finding(
             "redis",
@@ -249,7 +250,7 @@ async def _look_at_redis(redis: Redis) -> list[Finding]:
         ),
         Finding(
             "dead letters",
-            ", ".join(f"{kind} {count}" for kind, count in dead if count) or "none",
+            ", ".join(f"{name} {count}" for name, count in dead if count) or "none",
             letters == 0,
             "sluice dead list",
         ),

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from sluice.connections import connect_postgres, connect_redis
 from sluice.presence import Presence, present
-from sluice.queue import RecordQueue, book_key
+from sluice.queue import book_key, find_queues
 from sluice.records import KINDS, RejectedRecordError, TooNewError, decode
 from sluice.settings import Market, Settings
 
@@ -132,7 +132,6 @@ class Observer:
         self._settings = settings
         self._markets = markets
         self._redis = connect_redis(settings)
-        self._queues = [RecordQueue(self._redis, kind) for kind in KINDS]
         self._connection: asyncpg.Connection | None = None
         self._began = time.monotonic()
         self._acked_before: dict[str, int] = {}
@@ -172,7 +171,8 @@ class Observer:
 
     async def queue_depths(self) -> dict[str, int]:
         """Give the length of every queue; raises what Redis' client raises."""
-        return {queue.kind: (await queue.balance()).length for queue in self._queues}
+        queues = await find_queues(self._redis, KINDS)
+        return {queue.name: await queue.length() for queue in queues}
 
     async def gap_counts(self) -> dict[str, int]:
         """Give how many gaps there are by status; none where the database can not be asked."""
@@ -197,11 +197,11 @@ class Observer:
     async def _read_queues(self) -> tuple[list[QueueState], int]:
         states = []
         committed = 0
-        for queue in self._queues:
+        for queue in await find_queues(self._redis, KINDS):
             balance = await queue.balance()
-            committed += balance.acked - self._acked_before.setdefault(queue.kind, balance.acked)
+            committed += balance.acked - self._acked_before.setdefault(queue.name, balance.acked)
             age = _age(queue.kind, await queue.head_item()) if balance.length else None
-            states.append(QueueState(queue.kind, balance.length, age, balance.dead))
+            states.append(QueueState(queue.name, balance.length, age, balance.dead))
         return states, committed
 
     async def _read_book(self, market: Market) -> tuple[Decimal | None, Decimal | None, str]:

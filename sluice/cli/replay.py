@@ -25,7 +25,7 @@ from sluice.cli.output import EXIT_UNEXPLAINED, EXIT_UNREACHABLE, Json, show
 from sluice.cli.run import write_environment
 from sluice.connections import connect_postgres, connect_redis
 from sluice.exchanges import EXCHANGES
-from sluice.queue import RecordQueue
+from sluice.queue import balance_of
 from sluice.recording import BadRecordingError, Tape
 from sluice.records import KINDS
 from sluice.schema import SchemaError
@@ -255,7 +255,7 @@ class _Replay:
                 flushing.result()
             if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
-                pushed = {kind: await RecordQueue(redis, kind).balance() for kind in KINDS}
+                pushed = {kind: await balance_of(redis, kind) for kind in KINDS}
                 _say(", ".join(f"{b.pushed} {kind}" for kind, b in pushed.items() if b.pushed))
             await asyncio.wait(tasks, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if any(task.done() for task in playing):
@@ -265,7 +265,7 @@ class _Replay:
         """Wait until the queues are empty; gives what is wrong with them, if anything."""
         least, since = None, time.monotonic()
         while True:
-            balances = [await RecordQueue(redis, kind).balance() for kind in KINDS]
+            balances = [await balance_of(redis, kind) for kind in KINDS]
             depth = sum(balance.length for balance in balances)
             if depth == 0:
                 break

@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 
 from sluice.cli.servers import PostgresServer, RedisServer
 from sluice.failpoints import POINTS
-from sluice.queue import RecordQueue
+from sluice.queue import balance_of
 from tests.acceptance.processes import Processes
 from tests.chaos.plan import Step
 from tests.chaos.services import Services, stopped
@@ -193,7 +193,7 @@ async def _redis_read_only(rig: Rig, step: Step) -> int:
 
 async def _pushed(rig: Rig) -> int:
     async with rig.redis_client() as client:
-        return (await RecordQueue(client, "trade").balance()).pushed
+        return (await balance_of(client, "trade")).pushed
 
 
 async def _redis_empty(rig: Rig, step: Step) -> int:
