@@ -71,7 +71,7 @@ class Drains:
                 try:
                     await self._share()
                 except (RedisError, OSError):
-                    # Each drain says so and goes on with what it held; to hold too much is harmless.
+                    # Each drain says so and goes on. To hold too much is harmless.
                     if not self._running:
                         self._begin([RecordQueue(self._redis, kind) for kind in TABLES])
                 await self._wait(stop)
