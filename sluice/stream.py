@@ -88,7 +88,7 @@ class _Session:
     """One open socket and the task that reads it."""
 
     socket: ClientConnection
-    channels: set[str]
+    channels: set[str] = field(default_factory=set)
     opened: float = field(default_factory=time.monotonic)
     frames: int = 0
     last: float = field(default_factory=time.monotonic)
