@@ -87,7 +87,7 @@ class Lines:
 
 def lines_of(batch: Batch, table: Table, ids: Mapping[MarketName, int]) -> Lines:
     """Write the rows as lines, those left out whose text COPY would read as something else."""
-    market_ids = [ids[name] for name in batch.names]
+    market_ids = list(map(ids.__getitem__, batch.names))
     data = table.lines(market_ids, batch.rows)
     if data is not None:
         return Lines(data, batch.places, batch.refused)

@@ -17,7 +17,7 @@ from sluice.records import Row
 
 MICROS: Final = "micros"
 """A column staged as integer microseconds and stored as timestamptz."""
-_NUMBERS: Final = b'0123456789.-,[]"\n'
+_NUMBERS: Final = b'0123456789.-"'
 _ARRAYS: Final = _NUMBERS + b"{};"
 _NULL: Final = b"null"
 _NO_ARRAY: Final = "?"
@@ -35,10 +35,11 @@ class Table:
 
     `columns` gives name and type of what follows the market's id, in the order of the record's
     fields; where they are no column each, `values` spreads them. `key` orders every insert, so that
-    two writers never wait for each other in a circle. `alphabet` is what lines are made of before
-    their marks become tabs, but for the letters of `words`; without one the lines are escaped and
-    need no look. `newest` names the column by which a later record replaces an earlier one; without
-    it the first one stays.
+    two writers never wait for each other in a circle. `alphabet` is what fields are made of, but
+    for `words`; without one they are escaped and need no look. `newest` names the column by which a
+    later record replaces an earlier one; without it the first one stays. Where candles are made of
+    the table, `late_after` is how old (an SQL interval) a row is that they may have been made
+    without: where such rows are is written to `late_ranges` with them.
     """
 
     name: str
@@ -64,6 +65,11 @@ class Table:
     def null(self) -> str:
         """What stands for NULL in a line."""
         return "\\N" if self.alphabet is None else _NULL.decode()
+
+    @cached_property
+    def _shape(self) -> bytes:
+        """What is left of a line without its fields, before its marks become tabs."""
+        return b"[,[" + b"," * (len(self.columns) - 1) + b"]]\n"
 
     @cached_property
     def create_staging(self) -> str:
@@ -121,13 +127,12 @@ class Table:
         if self.alphabet is None:
             return _escaped_lines(numbered)
         text = _encode_lines(numbered)  # [7,[1,"2.5",null]] and a newline
-        rest = text.translate(None, self.alphabet)
-        # A word hides no number: PostgreSQL reads none of such letters, so it refuses the row.
-        is_clean = (
-            len(rest) == sum(len(word) * rest.count(word) for word in self.words)
-            and text.count(b"[") == text.count(b"]") == 2 * len(rows)
-            and text.count(b",") == len(self.columns) * len(rows)
-            and not (_NULL in self.words and b'"null"' in text)
+        shape = text.translate(None, self.alphabet)
+        for word in self.words:
+            # It hides no number: PostgreSQL reads none of such letters, so it refuses the row.
+            shape = shape.replace(word, b"")
+        is_clean = shape == self._shape * len(rows) and not (
+            _NULL in self.words and b'"null"' in text
         )
         return text.translate(_TO_COPY, _MARKS) if is_clean else None
 
