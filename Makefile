@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PYTHON ?=
 PACKAGES = collector flusher orderbook sluice
 
-.PHONY: run test check stop clean completeness books kills outages chaos mutants bench docs screens
+.PHONY: run test check stop clean completeness books kills collector-kills outages chaos mutants bench docs screens
 
 # make run [SYMBOLS=binance:BTCUSDT,binance:ETHUSDT] [SECONDS=60]
 # Without SYMBOLS it records the simulator, in a database of its own.
@@ -38,6 +38,10 @@ kills: $(VENV)/.installed
 outages: $(VENV)/.installed
 	SLUICE_OUTAGE_SECONDS=$(or $(SECONDS),30) \
 	    $(BIN)/pytest -s tests/acceptance/test_outages.py -k each_outage
+
+collector-kills: $(VENV)/.installed
+	SLUICE_COLLECTOR_KILLS=$(or $(HITS),50) \
+	    $(BIN)/pytest -s tests/acceptance/test_completeness.py -k killed_at_any_step
 
 # make chaos [SEEDS=20] [SECONDS=30] [FIRST=1]; 1 is a violation, 3 too little to judge by.
 chaos: $(VENV)/.installed

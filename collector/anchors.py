@@ -20,12 +20,13 @@ from redis.exceptions import RedisError
 
 from collector.backfill import Venue
 from collector.ledger import TRADE, Ledger
+from sluice import records
 from sluice.backoff import Backoff
 from sluice.budget import Priority
 from sluice.clock import MICROS_PER_SECOND, now_micros
 from sluice.connections import connect_postgres
 from sluice.exchanges.base import BadFrameError
-from sluice.queue import UNANCHORED, RecordQueue
+from sluice.queue import UNANCHORED, WINDOWS, RecordQueue
 from sluice.records import Gap
 from sluice.rest import RestError
 from sluice.settings import Settings
@@ -34,21 +35,37 @@ POLL_SECONDS: Final = 1.0
 ORPHANS_SECONDS: Final = 30.0
 
 _MISSING: Final = """
+WITH held AS (
+    SELECT first_id, trade_id FROM trades
+    WHERE market_id = market($1, $2) AND trade_id < $3
+      AND time >= (SELECT time FROM trades WHERE market_id = market($1, $2) AND trade_id < $3
+                   ORDER BY time DESC LIMIT 1) - interval '2 days'
+)
 SELECT before + 1 AS first, first_id - 1 AS last FROM (
-    SELECT first_id, lag(trade_id) OVER (ORDER BY trade_id) AS before
-    FROM trades WHERE market_id = market($1, $2) AND trade_id < $3
+    SELECT first_id, lag(trade_id) OVER (ORDER BY trade_id) AS before FROM held
     UNION ALL
-    SELECT $3::bigint, max(trade_id)
-    FROM trades WHERE market_id = market($1, $2) AND trade_id < $3
-) AS held WHERE first_id > before + 1 ORDER BY 1
+    SELECT $3::bigint, max(trade_id) FROM held
+) AS pairs WHERE first_id > before + 1 ORDER BY 1
 """
-"""What the table lacks between the first id it has of a market and the first one seen since."""
+"""What the table lacks of a market's last two days before the first id seen since.
+
+What Redis lost is at the end of what the table has; older holes have rows in `gaps`.
+"""
 
 _OPEN: Final = """
 SELECT gap_id, from_id, to_id, cause, tries, revision,
        (extract(epoch FROM opened_at) * 1000000)::bigint AS ts_opened
 FROM gaps
 WHERE market_id = market($1, $2) AND channel = 'trade' AND status = 'open' AND from_id IS NOT NULL
+"""
+
+_OPEN_WINDOWS: Final = """
+SELECT m.exchange, m.symbol, g.gap_id, g.channel, g.cause, g.tries, g.revision,
+       (extract(epoch FROM g.from_time) * 1000000)::bigint AS ts_from,
+       (extract(epoch FROM g.to_time) * 1000000)::bigint AS ts_to,
+       (extract(epoch FROM g.opened_at) * 1000000)::bigint AS ts_opened
+FROM gaps AS g JOIN markets AS m USING (market_id)
+WHERE g.status = 'open' AND g.from_id IS NULL AND g.channel LIKE 'kline\\_%'
 """
 
 _MISSING_WITHIN: Final = """
@@ -151,6 +168,7 @@ class Anchors:
             if are_orphans_due:
                 for ledger in ledgers:
                     await self._adopt_orphans(connection, ledger)
+                await self._adopt_windows(connection)
                 self._orphans_at = time.monotonic() + ORPHANS_SECONDS
         finally:
             await connection.close(timeout=5)
@@ -184,6 +202,17 @@ class Anchors:
                 )
             )
         logger.info("{}: {} open gaps that Redis had forgotten", ledger.field, len(orphans))
+
+    async def _adopt_windows(self, connection: asyncpg.Connection) -> None:
+        """Have the open windows of candles that Redis has forgotten refilled."""
+        known = set(await self._redis.hkeys(WINDOWS))
+        if await self._gap_queue.length():
+            return
+        for row in await connection.fetch(_OPEN_WINDOWS):
+            if row["gap_id"].encode() not in known:
+                gap = Gap(from_id=None, to_id=None, status="open", ts_closed=None, **row)
+                await self._redis.hsetnx(WINDOWS, gap.gap_id, records.encode(gap))
+                logger.info("{}: a window that Redis had forgotten", gap.gap_id)
 
     async def _explained(
         self, connection: asyncpg.Connection, market: tuple[str, str]

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from collector.backfill import Venue
+from collector.plausibility import MOST_LEAP
 from sluice.budget import Priority
 from sluice.clock import now_micros
 from sluice.exchanges.base import BadFrameError
@@ -119,5 +120,7 @@ class Liveness:
             newest,
             int(head) if head is not None else "none",
         )
-        await self._queue.push([], [Segment(stream, newest + 1, newest)])
+        # A wild id is not believed for one answer: what a new socket brings will tell.
+        if head is None or newest <= int(head) + MOST_LEAP:
+            await self._queue.push([], [Segment(stream, newest + 1, newest)])
         self._renew(market, f"{market} is silent")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
@@ -24,6 +25,17 @@ SYMBOLS = ["BTCUSDT", "ETHUSDT"]
 MARKETS = ",".join(f"binance:{symbol}" for symbol in SYMBOLS)
 SEEDS = range(1, 1 + int(os.environ.get("SEEDS", "2")))
 SECONDS = float(os.environ.get("SECONDS", "5"))
+KILLS = int(os.environ.get("SLUICE_COLLECTOR_KILLS", "0"))
+"""How often a collector is killed, all steps together; once at each step if it is not said."""
+STEPS = {
+    # which time the step is come by, of the two markets' pages the first or the second
+    "publisher.taken": (20, 20),
+    "publisher.pushed": (20, 20),
+    "backfill.page_read": (1, 2),
+    "backfill.page_pushed": (1, 2),
+    "ledger.gap_pushed": (1, 2),
+}
+HITS = max(1, -(-KILLS // len(STEPS)))
 RATES = {
     "drop": 0.01,
     "duplicate": 0.01,
@@ -101,30 +113,29 @@ async def test_ids_that_the_exchange_does_not_have_are_absent_and_nothing_else_i
     assert entry.explained <= set(range(low, high + 1))
 
 
-@pytest.mark.parametrize(
-    "point",
-    ["publisher.taken:20", "publisher.pushed:20", "backfill.page_read:1", "backfill.page_pushed:1",
-     "ledger.gap_pushed:1", "ledger.gap_pushed:2"],
-)  # fmt: skip
+@pytest.mark.timeout(180 + 90 * HITS)
+@pytest.mark.parametrize("step", STEPS)
 async def test_a_collector_killed_at_any_step_loses_and_repeats_nothing(
-    point: str, pipeline: Processes, postgres: Database
+    step: str, pipeline: Processes, postgres: Database
 ) -> None:
-    armed = {"SLUICE_TESTING": "1", "SLUICE_FAILPOINT": point}
     pipeline.simulate("--rate", "200", "--symbols", ",".join(SYMBOLS))
     pipeline.start("flusher")
     pipeline.start("collector")
     await fresh(postgres.dsn, 0)
     firsts = {symbol: await first_stored(pipeline, postgres.dsn, symbol) for symbol in SYMBOLS}
-    # A hole for the steps that need one: the collector is away for a moment.
-    pipeline.kill("collector")
-    await asyncio.sleep(0.5)
-    process = pipeline.start("collector", name="", arguments=None, **armed)
-    await until(lambda: process.poll() is not None, f"the death at {point}")
-    assert process.returncode == -9
-    del pipeline.running["collector"]
-    restarted = now_micros()
-    pipeline.start("collector")
-    print(f"{point}: fresh {await fresh(postgres.dsn, restarted):.1f} s after the restart")
+    for hit in range(HITS):
+        point = f"{step}:{STEPS[step][hit % 2]}"
+        # A hole for the steps that need one: the collector is away for a moment.
+        pipeline.kill("collector")
+        await asyncio.sleep(0.5)
+        armed = {"SLUICE_TESTING": "1", "SLUICE_FAILPOINT": point}
+        process = pipeline.start("collector", name="", arguments=None, **armed)
+        code = await asyncio.to_thread(process.wait, CEILING)
+        assert code == -signal.SIGKILL, f"not killed at {point}"
+        del pipeline.running["collector"]
+        restarted = now_micros()
+        pipeline.start("collector")
+        print(f"{point}: fresh {await fresh(postgres.dsn, restarted):.1f} s after the restart")
     await complete(postgres.dsn, pipeline, SYMBOLS, firsts)
 
 

@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from sluice.clock import now_micros
 from sluice.queue import STREAMS_COVERED
 from tests.acceptance.completeness import fresh
-from tests.acceptance.processes import Processes, processes
+from tests.acceptance.processes import CEILING, Processes, processes
 from tests.faults.waiting import eventually
 from tests.servers import Database
 
@@ -103,8 +103,7 @@ async def test_what_a_dead_collector_missed_is_refilled_or_named(
     for point in ("candles.page_read", "candles.page_pushed"):
         armed = {"SLUICE_TESTING": "1", "SLUICE_FAILPOINT": f"{point}:1"}
         process = pipeline.start("collector", "", None, **armed)
-        await eventually(lambda: process.poll() is not None)
-        assert process.returncode == -signal.SIGKILL
+        assert await asyncio.to_thread(process.wait, CEILING) == -signal.SIGKILL
         del pipeline.running["collector"]
     restarted = now_micros()
     pipeline.start("collector")

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
 
 import asyncpg
+import msgspec
 import pytest
 from aiohttp import web
 from loguru import logger
@@ -24,7 +25,7 @@ from collector.skew import ClockSkew
 from sluice import records
 from sluice.budget import Budget
 from sluice.exchanges import EXCHANGES
-from sluice.queue import HEADS, UNANCHORED, RecordQueue, Segment, holes_key
+from sluice.queue import HEADS, UNANCHORED, WINDOWS, RecordQueue, Segment, holes_key
 from sluice.records import Gap
 from sluice.rest import RestClient
 from sluice.settings import Market, Settings
@@ -218,6 +219,50 @@ async def test_a_gap_on_its_way_to_the_table_is_no_orphan(
     # The end of the run waits for the step that looks after the head and then after gaps.
     await anchored(redis, postgres, {NAME: 10}, 10)
     assert await redis.hlen(gaps_key(NAME)) == 0
+
+
+async def test_an_open_window_that_redis_has_forgotten_is_refilled_again(
+    redis: Redis, postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anchors_module, "ORPHANS_SECONDS", 0.0)
+    await store(postgres, [1], absent=[])
+    connection = await asyncpg.connect(postgres.dsn)
+    try:
+        await connection.executemany(
+            "INSERT INTO gaps (gap_id, market_id, channel, from_time, to_time, cause, status,"
+            " tries, revision, opened_at) VALUES ($1, market('simulator', 'BTCUSDT'), $1,"
+            " to_timestamp(60), to_timestamp(180), 'a test', $2, 3, 17, to_timestamp(1.5))",
+            [("kline_1m", "open"), ("kline_1h", "filled"), ("ticker", "open")],
+        )
+    finally:
+        await connection.close()
+    await anchored(redis, postgres, {NAME: 2}, 2)
+    (kept,) = await redis.hvals(WINDOWS)
+    gap = msgspec.json.decode(kept, type=Gap)
+    assert (gap.exchange, gap.symbol, gap.channel) == ("simulator", "BTCUSDT", "kline_1m")
+    assert (gap.ts_from, gap.ts_to, gap.tries) == (60_000_000, 180_000_000, 3)
+
+
+async def test_a_first_start_fetches_the_hours_asked_for(redis: Redis, postgres: Database) -> None:
+    asked_for: list[dict[str, str]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked_for.append(dict(request.query))
+        aggregate = {"a": 1, "p": "1.5", "q": "2", "f": 90, "l": 93, "T": 1, "m": True}
+        return web.json_response([aggregate])
+
+    began = time.time()
+    async with asked(redis, answer) as venues:
+        values = {name.lower(): value for name, value in postgres.environment.items()}
+        settings = Settings.model_validate({**values, "backfill_hours": 3})
+        await RecordQueue(redis, "trade").push([], [Segment(NAME, 120, 121)])
+        anchors = Anchors(redis, [Ledger(redis, MARKET)], venues, {NAME: 120}, settings)
+        stop = asyncio.Event()
+        async with during(anchors.run(stop), stop):
+            await eventually(lambda: _is(redis.hexists(UNANCHORED, NAME), expected=False))
+    assert await holes(redis) == [(90, 119)]
+    since = int(asked_for[0]["startTime"]) / 1000
+    assert since == pytest.approx(began - 3 * 3600, abs=60)
 
 
 @pytest.fixture

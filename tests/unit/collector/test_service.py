@@ -74,6 +74,15 @@ def test_a_trade_of_a_market_that_was_removed_is_kept_but_not_watched(
     assert intake.last_seen == {}
 
 
+def test_a_wild_id_is_a_bad_frame_and_no_trade(
+    intake: Intake, publisher: Publisher, stream: Stream
+) -> None:
+    for trade_id in (7, 2**52, 8):
+        intake.read(stream, json.dumps({**TRADE, "t": trade_id}).encode(), NOW)
+    assert publisher.counts.put == {"trade": 2}
+    assert publisher.counts.bad_frames == 1
+
+
 @pytest.mark.parametrize("frame", [b"", b"\x00\x01{}", b'{"e":"trade"}', b"[" * 100_000])
 def test_a_bad_frame_is_counted_and_the_next_one_read(
     intake: Intake, publisher: Publisher, stream: Stream, frame: bytes
