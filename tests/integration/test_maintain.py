@@ -3,6 +3,7 @@
 import asyncio
 import json
 import secrets
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,8 +18,6 @@ from tests.integration.candles import Row, assert_candles_are_of, draw_trades, i
 from tests.integration.flusher_rig import drained, flushing, push, trade
 from tests.servers import Database
 
-NOW = datetime.now(tz=UTC)
-TODAY = NOW.replace(hour=0, minute=0, second=0, microsecond=0)
 DAY = timedelta(days=1)
 
 
@@ -60,6 +59,16 @@ def maintenance(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Maintenance:
     return Maintenance(dsn, monkeypatch)
 
 
+@pytest.fixture
+def today() -> datetime:
+    """Give the start of the day, but not just before the day ends or the last one is closed."""
+    while True:
+        now = datetime.now(tz=UTC)
+        if now.hour not in {23, 0} or now.minute < 58:
+            return now.replace(hour=0, minute=0, second=0, microsecond=0)
+        time.sleep(1)
+
+
 async def _is_community(connection: asyncpg.Connection) -> bool:
     return bool(
         await connection.fetchval("SELECT current_setting('timescaledb.license') = 'timescale'")
@@ -78,10 +87,12 @@ async def _mark_late(connection: asyncpg.Connection, trades: list[Row]) -> None:
 
 
 async def test_candles_follow_late_trades(
-    database: asyncpg.Connection, maintenance: Maintenance
+    database: asyncpg.Connection,
+    maintenance: Maintenance,
+    today: datetime,
 ) -> None:
-    trades = draw_trades(1, start=TODAY - 3 * DAY, hours=50)
-    late = [row for row in trades if 7 <= (row["time"] - TODAY + 3 * DAY) / DAY * 24 < 9][::2]
+    trades = draw_trades(1, start=today - 3 * DAY, hours=50)
+    late = [row for row in trades if 7 <= (row["time"] - today + 3 * DAY) / DAY * 24 < 9][::2]
     await insert(database, "trades", [row for row in trades if row not in late])
     await database.execute("CALL refresh_candles('-infinity', 'infinity')")
     if await _is_community(database):
@@ -99,11 +110,13 @@ async def test_candles_follow_late_trades(
 
 
 async def test_late_trades_of_one_market_leave_the_others_alone(
-    database: asyncpg.Connection, maintenance: Maintenance
+    database: asyncpg.Connection,
+    maintenance: Maintenance,
+    today: datetime,
 ) -> None:
     if await _is_community(database):
         pytest.skip("the Community edition refreshes what its own log names")
-    trades = draw_trades(2, start=TODAY - 2 * DAY, hours=5)
+    trades = draw_trades(2, start=today - 2 * DAY, hours=5)
     await insert(database, "trades", trades)
     await maintenance.run()
     await database.execute("UPDATE candles_kept SET trade_count = 0, close = 1")
@@ -119,9 +132,11 @@ async def test_late_trades_of_one_market_leave_the_others_alone(
 
 
 async def test_candles_are_kept_when_their_trades_are_dropped(
-    database: asyncpg.Connection, maintenance: Maintenance
+    database: asyncpg.Connection,
+    maintenance: Maintenance,
+    today: datetime,
 ) -> None:
-    trades = draw_trades(3, start=TODAY - 12 * DAY + DAY / 3, hours=100)
+    trades = draw_trades(3, start=today - 12 * DAY + DAY / 3, hours=100)
     await insert(database, "trades", trades)
     maintenance.set(RETENTION_DAYS="trades=10")
     steps = [("candles of closed days", "candles"), ("drop", "trades")]
@@ -139,7 +154,7 @@ async def test_candles_are_kept_when_their_trades_are_dropped(
             " AND hypertable_name = 'trades'"
         )
         await database.execute("CALL refresh_candles('-infinity', 'infinity')")
-    kept = [row for row in trades if row["time"] >= TODAY - 10 * DAY]
+    kept = [row for row in trades if row["time"] >= today - 10 * DAY]
     stored = await database.fetch("SELECT time FROM trades")
     assert len(kept) <= len(stored) < len(trades)
     await assert_candles_are_of(database, trades)
@@ -147,11 +162,13 @@ async def test_candles_are_kept_when_their_trades_are_dropped(
 
 
 async def test_a_late_trade_of_a_dropped_day_spoils_no_candle(
-    database: asyncpg.Connection, maintenance: Maintenance
+    database: asyncpg.Connection,
+    maintenance: Maintenance,
+    today: datetime,
 ) -> None:
     if await _is_community(database):
         pytest.skip("the Community edition drops by its own jobs")
-    trades = draw_trades(4, start=TODAY - 12 * DAY, hours=30)
+    trades = draw_trades(4, start=today - 12 * DAY, hours=30)
     await insert(database, "trades", trades)
     maintenance.set(RETENTION_DAYS="trades=5")
     await maintenance.run()
@@ -166,13 +183,15 @@ async def test_a_late_trade_of_a_dropped_day_spoils_no_candle(
 
 
 async def test_every_table_can_be_given_its_retention_and_chunks(
-    database: asyncpg.Connection, maintenance: Maintenance
+    database: asyncpg.Connection,
+    maintenance: Maintenance,
+    today: datetime,
 ) -> None:
     for days in (1, 30):
         await database.execute(
             "INSERT INTO tickers (time, received_at, market_id, kind, last_price, open, high, low,"
             " volume, quote_volume) VALUES ($1, now(), 1, 'ticker', 1, 1, 1, 1, 1, 1)",
-            NOW - days * DAY,
+            today - days * DAY,
         )
     maintenance.set(RETENTION_DAYS="tickers=7", CHUNK_INTERVAL="trades=6h,klines=60d")
     last = ("retention" if await _is_community(database) else "drop", "tickers")
@@ -238,9 +257,11 @@ async def test_a_refresh_starts_after_what_is_dropped(
 
 
 async def test_two_runs_at_once_do_not_disturb_each_other(
-    database: asyncpg.Connection, maintenance: Maintenance
+    database: asyncpg.Connection,
+    maintenance: Maintenance,
+    today: datetime,
 ) -> None:
-    await _mark_late(database, draw_trades(5, start=TODAY - 2 * DAY, hours=1))
+    await _mark_late(database, draw_trades(5, start=today - 2 * DAY, hours=1))
     await database.execute("SELECT pg_advisory_lock(hashtext('sluice.maintain'))")
 
     result = await maintenance.invoke("--json")
@@ -292,10 +313,13 @@ async def test_an_older_schema_is_not_maintained(
 
 
 async def test_the_flusher_names_where_trades_came_in_late(
-    redis_environment: dict[str, str], postgres: Database, redis: Redis
+    redis_environment: dict[str, str],
+    postgres: Database,
+    redis: Redis,
+    today: datetime,
 ) -> None:
     def at(trade_id: int, age: timedelta, symbol: str) -> bytes:
-        moment = int((TODAY - age).timestamp() * 1e6)
+        moment = int((today - age).timestamp() * 1e6)
         return trade(trade_id, ts_event=moment, symbol=symbol)
 
     await push(
@@ -318,6 +342,6 @@ async def test_the_flusher_names_where_trades_came_in_late(
     finally:
         await connection.close()
     assert [tuple(row) for row in rows] == [
-        (TODAY - 9 * DAY, TODAY - 9 * DAY, 1),
-        (TODAY - DAY, TODAY - DAY + timedelta(minutes=5), 2),
+        (today - 9 * DAY, today - 9 * DAY, 1),
+        (today - DAY, today - DAY + timedelta(minutes=5), 2),
     ]
