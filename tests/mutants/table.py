@@ -265,4 +265,45 @@ MUTANTS: Final = (
         "tests/integration/test_stream.py",
         "a_silent_socket_that_does_not_answer",
     ),
+    Mutant(
+        "a refresh of candles that starts before what is dropped",
+        (
+            Edit(
+                "sluice/cli/maintain.py",
+                "        wanted_start = wanted - DAY if wanted else None\n",
+                "        wanted_start = wanted + DAY if wanted else None\n",
+            ),
+        ),
+        "tests/unit/test_maintain.py",
+        "starts_after_what_is_dropped",
+    ),
+    Mutant(
+        "trades that are dropped before their candles are stored",
+        (
+            Edit(
+                "sluice/cli/maintain.py",
+                "    if found.has_trades and (found.kept_until is None or",
+                "    if not found.has_trades and (found.kept_until is None or",
+            ),
+            Edit(
+                "sluice/cli/maintain.py",
+                "older_than => least($2::timestamptz, until)",
+                "older_than => $2::timestamptz",
+            ),
+        ),
+        "tests/integration/test_maintain.py",
+        "kept_when_their_trades_are_dropped",
+    ),
+    Mutant(
+        "late trades that nobody names",
+        (
+            Edit(
+                "flusher/tables.py",
+                'late_after="30 minutes",',
+                "late_after=None,",
+            ),
+        ),
+        "tests/integration/test_maintain.py",
+        "names_where_trades_came_in_late",
+    ),
 )
