@@ -76,14 +76,16 @@ def read_candles(
     for candle in answer:
         if candle.ts_open < until or candle.ts_close <= candle.ts_open:
             raise UnorderedPageError(f"a candle of {candle.ts_open} where {until} was due")
-        if candle.ts_open >= end or candle.ts_close >= venue_now:
-            return CandlePage(candles, missing, end, is_last=True)
+        if candle.ts_open >= end:
+            break
         # A window asked for by hand may begin within a candle.
         if candle.ts_open - until >= ends_before(candle) - candle.ts_open:
             missing.append((until, candle.ts_open))
+        if candle.ts_close >= venue_now:
+            return CandlePage(candles, missing, end, is_last=True)
         candles.append(candle)
         until = ends_before(candle)
-    is_last = until >= end or len(answer) < page_size
+    is_last = until >= end or len(answer) < page_size or answer[-1].ts_open >= end
     length = ends_before(candles[-1]) - candles[-1].ts_open if candles else 0
     if is_last and end - until >= max(length, 1):
         missing.append((until, end))
