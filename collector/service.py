@@ -41,6 +41,16 @@ from sluice.sockets import Sockets, tell_markets
 from sluice.stream import ConnectGate, Stream
 
 RATE_SECONDS: Final = 30.0
+_UNREAD: Final = (
+    "snapshot_",
+    "publish_",
+    "book_",
+    "flush_",
+    "dead_",
+    "chunk_",
+    "column",
+    "retention_",
+)
 _RELOADED: Final = {"symbols", "streams"}
 
 
@@ -260,6 +270,7 @@ async def run(process: Process) -> None:
     """Collect until the process is told to stop, then push or spool what is in memory."""
     settings, stop = process.settings, process.stop
     spool_is_fit(settings)
+    process.unread = _UNREAD
     async with AsyncExitStack() as clients:
         redis = connect_redis(settings)
         clients.push_async_callback(redis.aclose)

@@ -39,6 +39,15 @@ async def run(process: Process) -> None:
         process.statistics.append(_Statistics(drains))
         process.metrics.append(lambda: _metrics(drains))
         process.facts.append(lambda: _facts(drains))
+        process.unread = (
+            "symbols",
+            "streams",
+            "snapshot_",
+            "publish_",
+            "book_",
+            "gap_",
+            "backfill_",
+        )
         process.reload.append(lambda _: _RELOADED)  # each batch reads the process's settings
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(announce(process, redis))

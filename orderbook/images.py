@@ -77,9 +77,10 @@ class ImageQueue:
         self._schedule(symbol, priority, self._backoff(symbol).next_delay())
 
     def forget(self, symbol: str) -> None:
-        """Ask for no image any more, unless that is under way already."""
+        """Ask for no image any more; where that is under way already, it is not repeated."""
         for due in self._due.values():
             due.pop(symbol, None)
+        self._under_way.discard(symbol)
 
     def settled(self, symbol: str) -> None:
         """Note that a book has its image: its next one is asked for without delay."""
@@ -124,8 +125,9 @@ class ImageQueue:
             body = await self._client.ask(self._exchange.image_request(symbol, self._limit))
             image = self._exchange.read_image(symbol, self._limit, body)
         except (RestError, BadFrameError) as error:
-            self._under_way.discard(symbol)
-            self._failed(symbol, priority, error)
+            if symbol in self._under_way:  # it may have been forgotten meanwhile
+                self._under_way.discard(symbol)
+                self._failed(symbol, priority, error)
         else:
             self.fetched += 1
             self._under_way.discard(symbol)

@@ -195,13 +195,17 @@ class BookKeeper:
                 sync.cut(max(self._depth, self._published_depth))
             self._is_cut = True
 
-    def drop(self) -> None:
-        """Give the book up for want of memory; its changes are counted and nothing else."""
+    def snapshot_every(self, interval_ms: int) -> None:
+        """Write rows at another interval from the next change on."""
+        self._grid = SnapshotGrid(interval_ms * MICROS_PER_MS)
+
+    def drop(self, why: str) -> None:
+        """Give the book up; its changes are counted and nothing else."""
         held = _Held.of(self._sync)
         self.is_dropped = True
         self._sync.on_disconnect()
         self._outlets.images.forget(self.market.symbol)
-        self._lose(held, "dropped: BOOK_MAX_MB is reached")
+        self._lose(held, why)
 
     def take_up(self) -> None:
         """Begin anew with the next change of a book that was dropped."""

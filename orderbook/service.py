@@ -1,10 +1,10 @@
 """The orderbook process's wiring: which sockets feed which books, and what watches over them."""
 
 import asyncio
+import itertools
 import time
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Final
 
 from loguru import logger
 from prometheus_client.core import Metric
+from redis.asyncio import Redis
 
 from orderbook.images import ImageQueue
 from orderbook.keeper import BookKeeper, Outlets
-from orderbook.latest import RENEWAL_SECONDS, LatestBooks
+from orderbook.latest import RENEWAL_SECONDS, LatestBook, LatestBooks
 from sluice.budget import Budget
 from sluice.clock import now_micros
 from sluice.connections import connect_redis
@@ -29,7 +30,8 @@ from sluice.presence import announce
 from sluice.publisher import Publisher
 from sluice.rest import RestClient
 from sluice.settings import Market, Settings
-from sluice.stream import ConnectGate, Stream, split
+from sluice.sockets import Sockets, tell_markets
+from sluice.stream import ConnectGate, Stream
 
 CHECK_SECONDS: Final = 0.5
 QUIET_SECONDS: Final = 1.0
@@ -48,6 +50,23 @@ WARN_AT: Final = 0.8
 DROPPED: Final = 0.1
 """The part of what is held that is dropped at once."""
 MICROS_PER_MINUTE: Final = 60_000_000
+_UNREAD: Final = (
+    "streams",
+    "gap_",
+    "backfill_",
+    "flush_",
+    "dead_",
+    "chunk_",
+    "column",
+    "retention_",
+)
+_RELOADED: Final = {
+    "symbols",
+    "snapshot_interval_ms",
+    "book_audit_seconds",
+    "book_idle_minutes",
+    "book_max_mb",
+}
 
 
 def in_shard(market: Market, shard: str) -> bool:
@@ -69,7 +88,7 @@ class Feed:
     """The books of one socket."""
 
     exchange: Exchange
-    keepers: Mapping[str, BookKeeper]
+    keepers: dict[str, BookKeeper]
     publisher: Publisher
     newest: int = 0
     """The newest time of any event on the socket: what is much older has arrived."""
@@ -188,7 +207,7 @@ class Books:
             if excess <= 0:
                 break
             excess -= held[keeper]
-            keeper.drop()
+            keeper.drop("dropped: BOOK_MAX_MB is reached")
             dropped.append(str(keeper.market))
         self.dropped += len(dropped)
         if dropped:
@@ -295,50 +314,51 @@ async def run(process: Process) -> None:
     """Keep books until the process is told to stop, then take back what only a live one may say."""
     settings, stop = process.settings, process.stop
     spool_is_fit(settings)
-    markets = [market for market in settings.markets if in_shard(market, settings.book_shard)]
+    process.unread = _UNREAD
     async with AsyncExitStack() as clients:
         redis = connect_redis(settings)
         clients.push_async_callback(redis.aclose)
         publisher = Publisher(redis, settings)
         process.health.check("redis", publisher.unfitness)
         keepers: dict[Market, BookKeeper] = {}
-        latest = LatestBooks(
-            redis, lambda market: keepers[market].latest(), is_published=settings.publish_live
-        )
+
+        def read(market: Market) -> LatestBook | None:
+            keeper = keepers.get(market)
+            return None if keeper is None else keeper.latest()
+
+        latest = LatestBooks(redis, read, is_published=settings.publish_live)
         coverage = Coverage(redis)
         books = Books(process, publisher, latest, coverage, keepers)
         process.statistics.append(books.statistics)
         process.metrics.append(books.metrics)
         process.facts.append(books.facts)
-        for name, symbols in _by_exchange(markets).items():
-            exchange = EXCHANGES[name]
-            rest = RestClient(exchange, settings, Budget(redis, exchange))
-            clients.push_async_callback(rest.close)
-            _add_books(books, exchange, symbols, rest)
-        books.connection_changed()
-        books.check()
-
         publisher_stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             publishing = tasks.create_task(publisher.run(publisher_stop))
             tasks.create_task(announce(process, redis))
-            sources = [tasks.create_task(stream.run(stop)) for stream in books.feeds]
             writing = [tasks.create_task(latest.run()), tasks.create_task(coverage.run())]
-            watching = [
-                tasks.create_task(work)
-                for work in (
-                    redis_is_fit(redis, process.health),
-                    _check(books),
-                    *(_confirm(stream, feed) for stream, feed in books.feeds.items()),
-                    _renew(books),
-                    _audit(books, settings.book_audit_seconds),
-                    *(images.run() for images in books.images.values()),
-                )
-            ]
+            watching: list[asyncio.Task[None]] = []
+
+            def watch(work: Coroutine[None, None, None]) -> None:
+                watching.append(tasks.create_task(work))
+
+            sockets = Sockets(tasks)
+            venues = Venues(books, redis, clients, sockets, watch)
+            await venues.arrange(settings)
+            books.check()
+            for work in (
+                redis_is_fit(redis, process.health),
+                venues.follow(),
+                _check(books),
+                _renew(books),
+                _audit(books),
+            ):
+                watch(work)
             await stop.wait()
             for task in watching:
                 task.cancel()
-            await asyncio.wait([*watching, *sources])
+            await asyncio.wait(watching)
+            await sockets.close_all()
             latest.close()
             coverage.close()
             await asyncio.wait(writing, timeout=LAST_WORDS_SECONDS)
@@ -348,61 +368,159 @@ async def run(process: Process) -> None:
             await publishing
 
 
-def _by_exchange(markets: Sequence[Market]) -> Mapping[str, list[str]]:
-    symbols: dict[str, list[str]] = defaultdict(list)
-    for market in markets:
-        symbols[market.exchange].append(market.symbol)
-    return symbols
+@dataclass
+class Venue:
+    """One exchange, how it is asked for images, and the books kept of it."""
+
+    exchange: Exchange
+    gate: ConnectGate
+    outlets: Outlets
+    keepers: dict[str, BookKeeper]
 
 
-def _add_books(books: Books, exchange: Exchange, symbols: list[str], rest: RestClient) -> None:
-    """Make the books of a venue and spread their changes over sockets."""
-    process, settings = books.process, books.process.settings
-    keepers: dict[str, BookKeeper] = {}
+class Venues:
+    """The venues whose books are kept, and their sockets; the markets follow the settings.
 
-    def deliver(image: DepthImage) -> None:
-        keepers[image.symbol].on_image(image)
+    `watch` runs what a new venue or socket needs beside.
+    """
 
-    images = books.images[exchange.name] = ImageQueue(
-        exchange,
-        rest,
-        image_limit(exchange, settings),
-        deliver=deliver,
-        activity=lambda symbol: keepers[symbol].changes,
-    )
-    outlets = Outlets(books.publisher, books.latest, books.coverage, images)
-    for symbol in symbols:
-        market = Market(exchange.name, symbol)
-        keepers[symbol] = BookKeeper(market, exchange.continuity, settings, outlets)
-        books.keepers[market] = keepers[symbol]
-    gate = ConnectGate(exchange)
-    proxy = settings.proxy_url.get_secret_value() if settings.proxy_url else None
-    for number, part in enumerate(split(symbols, exchange.streams_per_socket)):
-        feed = Feed(exchange, {symbol: keepers[symbol] for symbol in part}, books.publisher)
+    def __init__(
+        self,
+        books: Books,
+        redis: Redis,
+        clients: AsyncExitStack,
+        sockets: Sockets,
+        watch: Callable[[Coroutine[None, None, None]], None],
+    ) -> None:
+        self._books = books
+        self._redis = redis
+        self._clients = clients
+        self._sockets = sockets
+        self._watch = watch
+        self._venues: dict[str, Venue] = {}
+        self._new: asyncio.Queue[Settings] = asyncio.Queue()
+        books.process.reload.append(self._reload)
 
-        def disconnected(reason: str, feed: Feed = feed) -> None:
+    def _reload(self, new: Settings) -> set[str]:
+        changes = {name: getattr(new, name) for name in _RELOADED}
+        # Addresses and the like stay as they are until a restart, for new sockets too.
+        self._new.put_nowait(self._books.process.settings.model_copy(update=changes))
+        return _RELOADED
+
+    async def follow(self) -> None:
+        """Apply new settings as they come, one after another."""
+        interval = self._books.process.settings.snapshot_interval_ms
+        while True:
+            new = await self._new.get()
+            before = set(self._books.keepers)
+            if new.snapshot_interval_ms != interval:
+                interval = new.snapshot_interval_ms
+                for keeper in self._books.keepers.values():
+                    keeper.snapshot_every(interval)
+            await self.arrange(new)
+            tell_markets(self._books.process.name, before, set(self._books.keepers))
+
+    async def arrange(self, settings: Settings) -> None:
+        """Keep the books of the settings' markets, and no others."""
+        wanted: dict[str, list[str]] = {name: [] for name in self._venues}
+        for market in settings.markets:
+            if in_shard(market, settings.book_shard):
+                wanted.setdefault(market.exchange, []).append(market.symbol)
+        for name, symbols in wanted.items():
+            if name not in self._venues:
+                self._add_venue(EXCHANGES[name], settings)
+            await self._arrange_venue(self._venues[name], symbols, settings)
+        self._books.connection_changed()
+
+    def _add_venue(self, exchange: Exchange, settings: Settings) -> None:
+        books, keepers = self._books, dict[str, BookKeeper]()
+
+        def deliver(image: DepthImage) -> None:
+            if image.symbol in keepers:
+                keepers[image.symbol].on_image(image)
+
+        def activity(symbol: str) -> int:
+            return keepers[symbol].changes if symbol in keepers else 0
+
+        rest = RestClient(exchange, settings, Budget(self._redis, exchange))
+        self._clients.push_async_callback(rest.close)
+        limit = image_limit(exchange, settings)
+        images = ImageQueue(exchange, rest, limit, deliver=deliver, activity=activity)
+        books.images[exchange.name] = images
+        outlets = Outlets(books.publisher, books.latest, books.coverage, images)
+        self._venues[exchange.name] = Venue(exchange, ConnectGate(exchange), outlets, keepers)
+        self._watch(images.run())
+
+    async def _arrange_venue(self, venue: Venue, symbols: list[str], settings: Settings) -> None:
+        books, exchange = self._books, venue.exchange
+        held = {
+            stream: list(feed.keepers)
+            for stream, feed in books.feeds.items()
+            if feed.exchange is exchange
+        }
+        for symbol in set(venue.keepers).difference(symbols):
+            self._remove(venue, symbol)
+        for symbol in symbols:
+            if symbol not in venue.keepers:
+                market = Market(exchange.name, symbol)
+                keeper = BookKeeper(market, exchange.continuity, settings, venue.outlets)
+                venue.keepers[symbol] = books.keepers[market] = keeper
+
+        def make(part: list[str]) -> Stream:
+            return self._open(venue, part, settings)
+
+        def channels(part: Sequence[str]) -> list[str]:
+            return [exchange.depth_channel(symbol) for symbol in part]
+
+        carried = await self._sockets.rearrange(
+            held, symbols, exchange.streams_per_socket, channels, make
+        )
+        for stream in set(held).difference(carried):
+            del books.feeds[stream]
+        for stream, part in carried.items():
+            books.feeds[stream].keepers = {symbol: venue.keepers[symbol] for symbol in part}
+
+    def _remove(self, venue: Venue, symbol: str) -> None:
+        """Give a book up: readers see no more of it, and nothing is asked for it."""
+        keeper = venue.keepers.pop(symbol)
+        del self._books.keepers[keeper.market]
+        for feed in self._books.feeds.values():
+            if feed.exchange is venue.exchange:
+                feed.keepers.pop(symbol, None)
+        keeper.drop("removed from SYMBOLS")
+
+    def _open(self, venue: Venue, symbols: list[str], settings: Settings) -> Stream:
+        books, exchange = self._books, venue.exchange
+        feed = Feed(exchange, {each: venue.keepers[each] for each in symbols}, books.publisher)
+
+        def disconnected(reason: str) -> None:
             feed.disconnected(reason)
             books.connection_changed()
 
+        used = {stream.name for stream in books.feeds}
+        names = (f"{exchange.name}/{number}" for number in itertools.count())
         stream = Stream(
             exchange,
             getattr(settings, exchange.ws_setting),
-            [exchange.depth_channel(symbol) for symbol in part],
+            [exchange.depth_channel(symbol) for symbol in symbols],
             feed.read,
-            gate=gate,
+            gate=venue.gate,
             on_connected=books.connection_changed,
             on_disconnected=disconnected,
-            on_progress=process.progress,
-            proxy=proxy,
+            on_progress=books.process.progress,
+            proxy=settings.proxy_url.get_secret_value() if settings.proxy_url else None,
             rollover_at=settings.rollover_times,
-            name=f"{exchange.name}/{number}",
+            name=next(name for name in names if name not in used),
         )
         books.feeds[stream] = feed
+        self._watch(_confirm(books, stream))
+        return stream
 
 
-async def _confirm(stream: Stream, feed: Feed) -> None:
+async def _confirm(books: Books, stream: Stream) -> None:
     """While a socket is quiet, let the peer's pongs show that nothing is on the way."""
-    while True:
+    feed = books.feeds[stream]
+    while stream in books.feeds:
         before = feed.newest
         await asyncio.sleep(QUIET_SECONDS)
         if feed.newest == before and feed.ahead is not None:
@@ -426,11 +544,11 @@ async def _renew(books: Books) -> None:
                 books.latest.changed(market)
 
 
-async def _audit(books: Books, seconds: float) -> None:
+async def _audit(books: Books) -> None:
     """Have one book after another compared with a new image, at a slow rate; 0 is never."""
-    while seconds:
+    while True:
         for keeper in list(books.keepers.values()):
-            await asyncio.sleep(seconds)
-            keeper.audit()
-        if not books.keepers:
-            return
+            if seconds := books.process.settings.book_audit_seconds:
+                await asyncio.sleep(seconds)
+                keeper.audit()
+        await asyncio.sleep(CHECK_SECONDS)

@@ -55,6 +55,8 @@ class Process:
     supervisor: Supervisor = field(default_factory=lambda: Supervisor(os.environ))
     started: float = field(default_factory=time.time)
     needs_symbols: bool = False
+    unread: tuple[str, ...] = ()
+    """How the names of settings begin that this service does not read."""
 
     def progress(self) -> None:
         """Note that work got on: a frame or an answer came, an attempt ended."""
@@ -239,9 +241,15 @@ def _reload(process: Process) -> None:
         if changed:
             for apply in process.reload:
                 applied |= apply(new)
-        update = {name: getattr(new, name) for name in changed & applied}
+        update = {
+            name: getattr(new, name)
+            for name in changed
+            if name in applied or name.startswith(process.unread)
+        }
         process.settings = old.model_copy(update=update)
         for name in sorted(changed):
+            if name.startswith(process.unread):
+                continue
             if name in applied:
                 logger.info("{}: {} applied", process.name, name.upper())
             else:

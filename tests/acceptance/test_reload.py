@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sluice import records
 from tests.acceptance.processes import Processes, processes, wait_until
-from tests.acceptance.test_collector import Check
+from tests.acceptance.test_collector import Check, client
 
 SYMBOLS = ("BTCUSDT", "SOLUSDT", "ETHUSDT")
 
@@ -71,8 +72,9 @@ def test_a_collector_takes_up_and_lays_down_markets_and_streams(started: Process
 
     write(started)
     reload(started, "collector", "not reloaded, the old settings stay: SYMBOLS is not set")
-    write(started, "BTCUSDT", "ETHUSDT", STREAMS="trade", DEAD_MAX="7")
-    reload(started, "collector", "DEAD_MAX needs a restart")
+    write(started, "BTCUSDT", "ETHUSDT", STREAMS="trade", SPOOL_MAX_MB="7", DEAD_MAX="7")
+    reload(started, "collector", "SPOOL_MAX_MB needs a restart")
+    assert "DEAD_MAX" not in started.log("collector")
     check.wait_for_more()
     check.stop_the_market()
     assert started.terminate("collector") == 0
@@ -80,3 +82,42 @@ def test_a_collector_takes_up_and_lays_down_markets_and_streams(started: Process
     assert all(symbol == "SOLUSDT" and number > left for symbol, number in check.missing())
     assert check.holes() == 0
     assert check.records("gap") == []
+
+
+def test_books_come_and_go_with_the_settings(started: Processes) -> None:
+    write(started, "BTCUSDT", "SOLUSDT", SNAPSHOT_INTERVAL_MS="100")
+    started.start("orderbook")
+    redis = client(started.environment)
+
+    def live() -> set[str]:
+        keys = [f"crypto:orderbook:simulator:{symbol}" for symbol in SYMBOLS]
+        return {symbol for symbol, key in zip(SYMBOLS, keys, strict=True) if redis.exists(key)}
+
+    def rows() -> list[records.OrderbookSnapshot]:
+        items: list[bytes] = redis.lrange("crypto:queue:orderbook_snapshot", 0, -1)  # type: ignore[assignment]  # not awaited
+        found = [records.decode("orderbook_snapshot", item) for item in items]
+        return [row for row in found if isinstance(row, records.OrderbookSnapshot)]
+
+    def tail(symbol: str) -> list[int]:
+        return [row.ts_grid for row in rows() if row.symbol == symbol][-5:]
+
+    wait_until(lambda: live() == {"BTCUSDT", "SOLUSDT"}, "both books")
+    write(started, "BTCUSDT", "ETHUSDT", SNAPSHOT_INTERVAL_MS="500", BOOK_AUDIT_SECONDS="1")
+    reload(
+        started, "orderbook", "added simulator:ETHUSDT; removed simulator:SOLUSDT; 2 markets now"
+    )
+    wait_until(lambda: live() == {"BTCUSDT", "ETHUSDT"}, "the other two")
+    for symbol in ("BTCUSDT", "ETHUSDT"):
+        wait_until(
+            lambda symbol=symbol: (
+                len(tail(symbol)) == 5  # type: ignore[misc]  # bound early
+                and all(instant % 500_000 == 0 for instant in tail(symbol))
+            ),
+            f"rows of {symbol} at the new interval",
+        )
+    (connection,) = started.control("status")["connections"]
+    assert {each.split("@")[0] for each in connection["streams"]} == {"btcusdt", "ethusdt"}
+    # The book that stayed was never given up for it.
+    assert len({row.sync_id for row in rows() if row.symbol == "BTCUSDT"}) == 1
+    assert started.terminate("orderbook") == 0
+    assert live() == set()
