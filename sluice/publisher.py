@@ -32,6 +32,7 @@ from sluice.queue import (
     SHARDED,
     RecordQueue,
     Segment,
+    find_queues,
     head_field,
     shard_of,
 )
@@ -461,7 +462,8 @@ class Publisher:
             return
         most = self._settings.queue_max_mb * 2**20
         try:
-            held = sum([await queue.memory() for queue in self._queues.values()])
+            queues = await find_queues(self._redis, records.KINDS)
+            held = sum([await queue.memory() for queue in queues])
         except (RedisError, OSError) as error:
             self._postpone(error)
             return

@@ -10,14 +10,14 @@ import typer
 from redis.asyncio import Redis
 
 from sluice.cli.output import EXIT_UNEXPLAINED, Json, run, show
+from sluice.cli.queues import Name, parse_name
 from sluice.clock import MICROS_PER_SECOND
 from sluice.connections import connect_redis
-from sluice.queue import RecordQueue
+from sluice.queue import RecordQueue, find_queues
 from sluice.records import KINDS, RejectedRecordError, TooNewError, decode
 from sluice.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Look at dead letters, and retry, edit or drop them.")
-Kind = Annotated[str, typer.Argument(help=f"The queue: one of {', '.join(KINDS)}.")]
 Number = Annotated[int, typer.Argument(min=1, help="The letter's number in `sluice dead list`.")]
 _EXCERPT: Final = 60
 T = TypeVar("T")
@@ -46,9 +46,9 @@ def list_letters(*, as_json: Json = False) -> None:
 
     async def work(redis: Redis) -> list[dict[str, Any]]:
         return [
-            _row(kind, number, msgspec.json.decode(raw, type=Letter))
-            for kind in KINDS
-            for number, raw in enumerate(await _letters(redis, kind), 1)
+            _row(queue.name, number, msgspec.json.decode(raw, type=Letter))
+            for queue in await find_queues(redis, KINDS)
+            for number, raw in enumerate(await _letters(redis, queue.name), 1)
         ]
 
     rows = _run(work)
@@ -58,64 +58,64 @@ def list_letters(*, as_json: Json = False) -> None:
 
 
 @app.command("show")
-def show_letter(kind: Kind, number: Number) -> None:
+def show_letter(name: Name, number: Number) -> None:
     """Print one letter whole."""
-    raw = _run(lambda redis: _letter(redis, kind, number))
+    raw = _run(lambda redis: _letter(redis, name, number))
     typer.echo(msgspec.json.format(raw, indent=2))
 
 
 @app.command("retry")
 def retry(
-    kind: Kind,
+    name: Name,
     number: Annotated[int | None, typer.Argument(min=1, help="All where left out.")] = None,
 ) -> None:
     """Put letters back at the tail of their queue, as they were."""
 
     async def work(redis: Redis) -> int:
-        queue = RecordQueue(redis, _known(kind))
+        queue = _queue(redis, name)
         letters = (
-            await _letters(redis, kind) if number is None else [await _letter(redis, kind, number)]
+            await _letters(redis, name) if number is None else [await _letter(redis, name, number)]
         )
         moved = 0
         for raw in letters:
             moved += await queue.revive(raw, msgspec.json.decode(raw, type=Letter).item)
         return moved
 
-    typer.echo(f"{_run(work)} put back at the tail of {kind}")
+    typer.echo(f"{_run(work)} put back at the tail of {name}")
 
 
 @app.command("edit")
 def edit(
-    kind: Kind,
+    name: Name,
     number: Number,
     record: Annotated[str, typer.Argument(help="The record as it should have been, JSON.")],
 ) -> None:
     """Put a mended record at the tail of the queue in place of a letter."""
     try:
-        decode(_known(kind), record.encode())
+        decode(parse_name(name)[0], record.encode())
     except (RejectedRecordError, TooNewError) as error:
         raise typer.BadParameter(str(error)) from error
 
     async def work(redis: Redis) -> bool:
-        raw = await _letter(redis, kind, number)
-        return await RecordQueue(redis, kind).revive(raw, record.encode())
+        raw = await _letter(redis, name, number)
+        return await _queue(redis, name).revive(raw, record.encode())
 
     typer.echo("put at the tail" if _run(work) else "the letter was gone already")
 
 
 @app.command("drop")
 def drop(
-    kind: Kind,
+    name: Name,
     number: Number,
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a letter for good; prints what is deleted."""
-    raw = _run(lambda redis: _letter(redis, kind, number))
+    raw = _run(lambda redis: _letter(redis, name, number))
     typer.echo(raw.decode())
     if not yes:
         typer.confirm("Delete it for good?", abort=True)
-    gone = _run(lambda redis: RecordQueue(redis, kind).revive(raw, None))
+    gone = _run(lambda redis: _queue(redis, name).revive(raw, None))
     typer.echo("deleted" if gone else "the letter was gone already")
 
 
@@ -130,27 +130,25 @@ def _run(work: Callable[[Redis], Awaitable[T]]) -> T:
     return run(with_redis)
 
 
-def _known(kind: str) -> str:
-    if kind not in KINDS:
-        raise typer.BadParameter(f"{kind!r} is none of {', '.join(KINDS)}")
-    return kind
+def _queue(redis: Redis, name: str) -> RecordQueue:
+    return RecordQueue(redis, *parse_name(name))
 
 
-async def _letters(redis: Redis, kind: str) -> list[bytes]:
-    return await redis.lrange(RecordQueue(redis, _known(kind)).dead_key, 0, -1)  # type: ignore[return-value]  # bytes, as no decoding is asked for
+async def _letters(redis: Redis, name: str) -> list[bytes]:
+    return await redis.lrange(_queue(redis, name).dead_key, 0, -1)  # type: ignore[return-value]  # bytes, as no decoding is asked for
 
 
-async def _letter(redis: Redis, kind: str, number: int) -> bytes:
-    letters = await _letters(redis, kind)
+async def _letter(redis: Redis, name: str, number: int) -> bytes:
+    letters = await _letters(redis, name)
     if number > len(letters):
-        raise typer.BadParameter(f"{kind} has {len(letters)} dead letters")
+        raise typer.BadParameter(f"{name} has {len(letters)} dead letters")
     return letters[number - 1]
 
 
-def _row(kind: str, number: int, letter: Letter) -> dict[str, Any]:
+def _row(name: str, number: int, letter: Letter) -> dict[str, Any]:
     died = datetime.fromtimestamp(letter.time / MICROS_PER_SECOND, UTC)
     return {
-        "queue": kind,
+        "queue": name,
         "number": number,
         "died": f"{died:%Y-%m-%d %H:%M:%S}",
         "reason": letter.reason,

@@ -10,9 +10,11 @@ from redis.asyncio import Redis
 
 from sluice.cli.servers import PostgresServer, RedisServer
 from sluice.failpoints import POINTS
-from sluice.queue import RecordQueue
+from sluice.queue import RecordQueue, balance_of
 from tests.acceptance.processes import CEILING, processes
+from tests.faults.waiting import eventually
 from tests.integration.flusher_rig import drained, letters, push, stored_ids, trade
+from tests.integration.test_shards import are_drained, is_shared, push_sharded
 from tests.servers import Database
 
 HITS = int(os.environ.get("SLUICE_FLUSHER_KILLS", "1"))
@@ -82,6 +84,29 @@ async def test_sigterm_writes_what_is_queued_and_ends_with_0(
     assert await stored_ids(postgres) == list(range(350))
     assert len(await letters(redis, "gap")) == 1
     assert (await RecordQueue(redis, "trade").balance()).length == 0
+
+
+async def test_the_lists_of_a_flusher_that_is_killed_are_drained_by_the_other(
+    tmp_path: Path, postgres: Database, redis: Redis, redis_environment: dict[str, str]
+) -> None:
+    environment = {**redis_environment, **postgres.environment, "FLUSH_BATCH_SIZE": "50"}
+    with processes(tmp_path, environment) as running:
+        for name in ("first", "second"):
+            running.start("flusher", name)
+        await push_sharded(redis, range(400))
+        await eventually(lambda: is_shared(redis, 2, 2))
+        await push_sharded(redis, range(400, 800))
+        killed = running.running.pop("first")
+        killed.kill()
+        await asyncio.to_thread(killed.wait)
+        await push_sharded(redis, range(800, 1200))
+        await eventually(lambda: are_drained(redis))
+        await eventually(lambda: is_shared(redis, 4))
+        assert running.terminate("second") == 0
+    assert await stored_ids(postgres) == list(range(1200))
+    balance = await balance_of(redis, "trade")
+    assert balance.is_exact
+    assert (balance.pushed, balance.acked, balance.length) == (1200, 1200, 0)
 
 
 @pytest.mark.parametrize("frozen", ["postgres", "redis"])
