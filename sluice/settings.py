@@ -281,9 +281,11 @@ def load(*, needs_symbols: bool = False) -> Settings:
     Raises:
         BadSettingsError: a value is bad, a name in `.env` is misspelt, or SYMBOLS is missing.
     """
+    files = [ENV_FILE, *_service_files()]
     try:
-        _refuse_misspelt(dotenv_values(ENV_FILE) if Path(ENV_FILE).is_file() else ())
-        settings = Settings(_secrets_dir=os.environ.get("CREDENTIALS_DIRECTORY"))
+        for path in files:
+            _refuse_misspelt(path, dotenv_values(path) if Path(path).is_file() else ())
+        settings = Settings(_env_file=files, _secrets_dir=os.environ.get("CREDENTIALS_DIRECTORY"))
     except UnicodeDecodeError as error:
         raise BadSettingsError(f"{ENV_FILE}: it is not UTF-8 text ({error})") from None
     except ValidationError as error:
@@ -295,6 +297,21 @@ def load(*, needs_symbols: bool = False) -> Settings:
             "SYMBOLS=binance:BTCUSDT,binance:ETHUSDT"
         )
     return settings
+
+
+def _service_files() -> list[str]:
+    """Give the files that a service manager took our environment from, named in SLUICE_ENV_FILES.
+
+    It read them once, at the start. What stands in them is taken out of the environment, so that a
+    later load sees them as they are then.
+    """
+    named = filter(None, os.environ.get("SLUICE_ENV_FILES", "").split(":"))
+    files = [path for path in named if os.access(path, os.R_OK)]
+    for path in files:
+        for name in dotenv_values(path):
+            if name.lower() in Settings.model_fields:
+                os.environ.pop(name, None)
+    return files
 
 
 def load_or_exit(*, needs_symbols: bool = False) -> Settings:
@@ -364,13 +381,11 @@ def _type_name(annotation: Any) -> str:  # noqa: ANN401  # a type expression
     return names.get(annotation, "a text")
 
 
-def _refuse_misspelt(names: Iterable[str]) -> None:
+def _refuse_misspelt(path: str, names: Iterable[str]) -> None:
     known = {field.upper() for field in Settings.model_fields}
     for name in names:
         if name.upper() in known or re.fullmatch(r"[A-Z0-9_]+", name.upper()) is None:
             continue
         close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
         if close:
-            raise BadSettingsError(
-                f"{ENV_FILE}: there is no setting {name}; did you mean {close[0]}?"
-            )
+            raise BadSettingsError(f"{path}: there is no setting {name}; did you mean {close[0]}?")

@@ -93,7 +93,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            code = await asyncio.wait_for(process.wait(), ceiling)
+            async with asyncio.timeout(ceiling):
+                code = await process.wait()
         except TimeoutError:
             self._say(f"{self.name} did not end within {ceiling:.0f} s and was killed")
             self.kill()

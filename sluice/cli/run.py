@@ -249,7 +249,8 @@ class _Run:
                 if seconds and counted_from is not None and sample.seconds - counted_from > seconds:
                     return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop.wait(), SAMPLE_SECONDS)
+                    async with asyncio.timeout(SAMPLE_SECONDS):
+                        await self._stop.wait()
 
     async def _end(self, children: list[Child]) -> None:
         """Stop children side by side, at once when in a hurry."""

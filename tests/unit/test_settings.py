@@ -1,5 +1,6 @@
 """Settings: what is accepted, how a bad one is told, and that each is documented."""
 
+import os
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -165,6 +166,29 @@ def test_a_bare_symbol_is_binance_s_and_each_market_is_there_once(
 
 
 SECRETS = ["REDIS_PASSWORD", "POSTGRES_PASSWORD", "PROXY_URL"]
+
+
+def test_files_that_a_service_manager_read_are_read_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "sluice.env"
+    file.write_text("SYMBOLS=binance:BTCUSDT\nLANG=C\n")
+    monkeypatch.setenv("SLUICE_ENV_FILES", f"{file}:{tmp_path / 'absent.env'}")
+    for name, value in {"SYMBOLS": "binance:BTCUSDT", "LANG": "C", "DEAD_MAX": "3"}.items():
+        monkeypatch.setenv(name, value)
+    settings = load()
+    assert (settings.symbols, settings.dead_max) == (["binance:BTCUSDT"], 3)
+    assert os.environ["LANG"] == "C"
+    file.write_text("SYMBOLS=binance:ETHUSDT\n")
+    assert load().symbols == ["binance:ETHUSDT"]
+    file.write_text("")
+    assert load().symbols == []
+    file.write_text("SYMBOL=binance:ETHUSDT\n")
+    with pytest.raises(BadSettingsError, match=r"sluice\.env: there is no setting SYMBOL"):
+        load()
+
+
 SECRET = "http://user:hunter2@proxy:8080"  # noqa: S105  # a made-up one
 
 
