@@ -54,6 +54,8 @@ mutants: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.books
+	$(BIN)/python -m benchmarks.books --faults 10000000
+	$(BIN)/python -m benchmarks.many_books
 	$(BIN)/python -m benchmarks.flusher
 	$(BIN)/python -m benchmarks.storage
 

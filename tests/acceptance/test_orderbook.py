@@ -2,8 +2,9 @@
 
 import asyncio
 import os
+import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,12 @@ async def test_no_row_is_ever_wrong(
     # A break is found at that message and named: no row stands within the window missed.
     missed = [gap for gap in await rig.gaps(redis) if gap.channel == "depth"]
     assert missed
+    windows = [(gap.ts_to - gap.ts_from) / 1e6 for gap in missed if gap.ts_from and gap.ts_to]
+    print(
+        f"seed {seed}: {len(stored)} rows, {len(windows)} windows, back in sync after "
+        + ", ".join(f"{window:.1f}" for window in windows)
+        + " s, with stale, late and failing images"
+    )
     for gap in missed:
         assert gap.ts_from is not None
         assert gap.ts_to is not None
@@ -165,6 +172,43 @@ async def test_a_cut_socket_is_a_window_for_every_book(
         await rig.assert_true(simulated, await rig.rows(redis))
         asked = [path for _, path, _ in await simulated.get("requests") if "/depth" in path]
     assert len(asked) <= 2 * len(SYMBOLS) + 2  # one image a book and sync, and no storm
+
+
+async def test_fifty_books_return_from_a_cut_without_a_storm(
+    redis: Redis, redis_environment: dict[str, str], tmp_path: Path
+) -> None:
+    symbols = [f"COIN{number}USDT" for number in range(50)]
+    async with rig.exchange(tmp_path, "--symbols", ",".join(symbols), "--rate", "150") as simulated:
+        # Images of 100 levels, so that the budget has them for all at once.
+        markets = {"SYMBOLS": ",".join(f"simulator:{name}" for name in symbols)}
+        environment = rig.environment(simulated, redis_environment, BOOK_DEPTH="100", **markets)
+        environment |= {"SNAPSHOT_INTERVAL_MS": "1000", "SNAPSHOT_DEPTH": "2", "PUBLISH_DEPTH": "2"}
+        syncs = dict.fromkeys(symbols, 0)
+
+        async def all_have_a_newer_sync() -> bool:
+            books = {name: await rig.latest(redis, name) for name in symbols}
+            return all(book and book["sync_id"] > syncs[name] for name, book in books.items())
+
+        async def asked() -> Counter[str]:
+            found = (re.search(r"/depth\?.*symbol=(\w+)", path) for path in await depth_requests())
+            return Counter(match[1] for match in found if match)
+
+        async def depth_requests() -> list[str]:
+            return [path for _, path, _ in await simulated.get("requests")]
+
+        with rig.process("orderbook", log=tmp_path / "log", **environment) as books:
+            await rig.eventually(all_have_a_newer_sync, "all books are live")
+            before = await asked()
+            for name in symbols:
+                book = await rig.latest(redis, name)
+                syncs[name] = book["sync_id"] if book else 0
+            await simulated.post("faults", kind="cut", on="*@depth@100ms")
+            await rig.eventually(all_have_a_newer_sync, "all books are live again")
+            after = await asked() - before
+            assert await rig.exit_code(books) == 0
+    # One image a book; a few came before the changes that they had to reach.
+    assert set(after) == set(symbols)
+    assert after.total() <= 1.5 * len(symbols)
 
 
 async def test_two_processes_write_the_same_rows(
