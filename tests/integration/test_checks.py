@@ -106,5 +106,6 @@ async def test_a_sound_server_has_no_line(postgres: Database, warnings: list[str
         await check(connection)
         fsync = await connection.fetchval("SHOW fsync")
 
-    # The tests' own server may run without fsync.
-    assert [line for line in warnings if "fsync" not in line or fsync == "on"] == []
+    # The tests' own server may run without fsync, and a named one be of a version with a fault.
+    lines = [line for line in warnings if not line.startswith("TimescaleDB")]
+    assert [line for line in lines if "fsync" not in line or fsync == "on"] == []
