@@ -49,6 +49,7 @@ ORDER BY time DESC, trade_id DESC LIMIT 1
 _HELD: Final = """
 SELECT first_id, trade_id, quantity FROM trades
 WHERE market_id = market($1, $2) AND time BETWEEN $3 AND $4 AND trade_id BETWEEN $5 AND $6
+ORDER BY trade_id
 """
 
 
@@ -84,6 +85,23 @@ def overlap(ranges: Sequence[Range], ids: Range) -> list[Range]:
     """Give what ranges share with another."""
     shared = ((max(first, ids[0]), min(last, ids[1])) for first, last in ranges)
     return [(first, last) for first, last in shared if first <= last]
+
+
+def subtract(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
+    """Take the other ranges of ids out of ranges."""
+    left: list[Range] = []
+    taken = sorted(others)
+    for first, last in ranges:
+        start = first
+        for low, high in taken:
+            if high < start or low > last:
+                continue
+            if low > start:
+                left.append((start, low - 1))
+            start = max(start, high + 1)
+        if start <= last:
+            left.append((start, last))
+    return left
 
 
 def remainder(aggregate: Trade, missing: Sequence[Range], held: Sequence[Held]) -> Remainder:
@@ -187,14 +205,14 @@ class Aggregates:
                 is_full = len(page) >= exchange.history_page
                 since = (since if is_full else until) + timedelta(milliseconds=1)
 
-    async def held(self, market: Market, aggregate: Trade) -> list[Held]:
-        """Read the rows that lie within an aggregate."""
-        at = _EPOCH + timedelta(microseconds=aggregate.ts_event)
+    async def held(self, market: Market, page: Sequence[Trade]) -> list[Held]:
+        """Read the rows that lie within a page of aggregates, of which there is one at least."""
+        since = _EPOCH + timedelta(microseconds=page[0].ts_event) - NEAR
+        until = _EPOCH + timedelta(microseconds=page[-1].ts_event) + NEAR
+        ids = page[0].first_id, page[-1].trade_id
         connection = await connect_postgres(self._settings)
         try:
-            rows = await connection.fetch(
-                _HELD, *_name(market), at - NEAR, at + NEAR, aggregate.first_id, aggregate.trade_id
-            )
+            rows = await connection.fetch(_HELD, *_name(market), since, until, *ids)
         finally:
             await connection.close()
         return [Held(*row) for row in rows]

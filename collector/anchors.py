@@ -18,6 +18,7 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from collector.aggregates import subtract
 from collector.backfill import Venue
 from collector.ledger import TRADE, Ledger
 from sluice import records
@@ -84,25 +85,6 @@ SELECT from_id, to_id FROM gaps
 WHERE market_id = market($1, $2) AND channel = 'trade' AND status IN ('absent', 'lost')
   AND from_id IS NOT NULL
 """
-
-
-def subtract(
-    ranges: Sequence[tuple[int, int]], explained: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Take ranges of ids, both ends included, out of others."""
-    left: list[tuple[int, int]] = []
-    taken = sorted(explained)
-    for first, last in ranges:
-        start = first
-        for low, high in taken:
-            if high < start or low > last:
-                continue
-            if low > start:
-                left.append((start, low - 1))
-            start = max(start, high + 1)
-        if start <= last:
-            left.append((start, last))
-    return left
 
 
 class Anchors:

@@ -10,6 +10,7 @@ point costs one page. What a page proves is decided by `read_page`, a function o
 import asyncio
 import time
 import uuid
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -29,6 +30,7 @@ from collector.aggregates import (
     Walk,
     overlap,
     remainder,
+    subtract,
 )
 from collector.ledger import MOST_CAUSE, TRADE, Ledger, covers, gaps_key, touches
 from sluice import failpoints, records
@@ -38,7 +40,7 @@ from sluice.clock import now_micros
 from sluice.exchanges import Exchange
 from sluice.exchanges.base import BadFrameError
 from sluice.publisher import contiguous
-from sluice.queue import PREFIX, Hole, RecordQueue, holes_key
+from sluice.queue import PREFIX, Hole, RecordQueue, Segment, holes_key
 from sluice.records import Gap, Trade
 from sluice.rest import RestClient, RestError
 
@@ -333,21 +335,31 @@ class Backfill:
     ) -> None:
         """Push what is missing of aggregates, and say so of every gap that it fills."""
         holes = await _ranges(ledger)
+        page = [aggregate for aggregate in page if overlap(holes, _span(aggregate))]
+        if not page:
+            return
+        # What is asked for by hand is a hole though the table may hold it.
+        held = await aggregates.held(ledger.market, page)
         trades: list[Trade] = []
         merged: list[tuple[Range, int]] = []
         for aggregate in page:
-            missing = overlap(holes, _span(aggregate))
-            if missing == [_span(aggregate)]:
-                trades.append(aggregate)
-            elif missing:
-                held = await aggregates.held(ledger.market, aggregate)
-                try:
-                    rest = remainder(aggregate, missing, held)
-                except NotYetKnownError as error:
-                    doubts.append(error)
-                    continue
-                trades += [rest.trade] if rest.trade else []
-                merged += [(part, aggregate.trade_id) for part in rest.merged]
+            rows = held[
+                bisect_left(held, aggregate.first_id, key=lambda row: row.last) : bisect_right(
+                    held, aggregate.trade_id, key=lambda row: row.last
+                )
+            ]
+            holding = [(row.first, row.last) for row in rows]
+            missing = subtract(overlap(holes, _span(aggregate)), holding)
+            if not missing:
+                continue
+            try:
+                rest = remainder(aggregate, missing, rows)
+            except NotYetKnownError as error:
+                doubts.append(error)
+                continue
+            trades += [rest.trade] if rest.trade else []
+            merged += [(part, aggregate.trade_id) for part in rest.merged]
+        await self._queue.push([], [Segment(ledger.field, row.first, row.last) for row in held])
         if trades:
             for gap in await ledger.open_gaps():
                 if any(touches(gap, *_span(trade)) for trade in trades):

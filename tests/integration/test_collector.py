@@ -17,7 +17,8 @@ from collector import anchors as anchors_module
 from collector import backfill as backfill_module
 from collector import liveness as liveness_module
 from collector import skew as skew_module
-from collector.anchors import Anchors, subtract
+from collector.aggregates import subtract
+from collector.anchors import Anchors
 from collector.backfill import Backfill, Venue
 from collector.ledger import Ledger, gaps_key
 from collector.liveness import Liveness
