@@ -98,6 +98,7 @@ async def contents(database: Database) -> dict[str, list[Any]]:
         await connection.close()
 
 
+@pytest.mark.timeout(600)
 async def test_the_same_recording_twice_gives_the_same_tables(
     sluice: Command,
     postgres: Database,
@@ -169,6 +170,7 @@ def without_some(recording: Path, directory: Path) -> tuple[Path, list[tuple[int
     return path, [(ids[0], ids[1]), (ids[2], ids[2])], int(lines[change].split(b" ", 1)[0])
 
 
+@pytest.mark.timeout(600)
 async def test_a_recording_of_the_simulator_replays_to_what_it_published(
     sluice: Command,
     redis_environment: dict[str, str],
