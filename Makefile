@@ -5,7 +5,8 @@ BIN = $(VENV)/bin
 PYTHON ?=
 PACKAGES = collector flusher orderbook sluice
 
-.PHONY: run test check stop clean completeness books kills collector-kills outages chaos mutants bench docs screens
+.PHONY: run test check stop clean completeness books kills collector-kills outages failpoints \
+    chaos mutants bench docs screens
 
 # make run [SYMBOLS=binance:BTCUSDT,binance:ETHUSDT] [SECONDS=60]
 # Without SYMBOLS it records the simulator, in a database of its own.
@@ -42,6 +43,10 @@ outages: $(VENV)/.installed
 collector-kills: $(VENV)/.installed
 	SLUICE_COLLECTOR_KILLS=$(or $(HITS),50) \
 	    $(BIN)/pytest -s tests/acceptance/test_completeness.py -k killed_at_any_step
+
+# make failpoints [HITS=5]: every place x {killed, fails, hangs}, a line a hit.
+failpoints: $(VENV)/.installed
+	HITS=$(or $(HITS),5) $(BIN)/pytest -s tests/acceptance/test_failpoints.py
 
 # make chaos [SEEDS=20] [SECONDS=30] [FIRST=1]; 1 is a violation, 3 too little to judge by.
 chaos: $(VENV)/.installed

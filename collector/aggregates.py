@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from sluice import failpoints
 from sluice.budget import Priority
 from sluice.clock import now_micros
 from sluice.connections import connect_postgres
@@ -211,8 +212,10 @@ class Aggregates:
         until = _EPOCH + timedelta(microseconds=page[-1].ts_event) + NEAR
         ids = page[0].first_id, page[-1].trade_id
         connection = await connect_postgres(self._settings)
+        await failpoints.reach("aggregates.rows_connected")
         try:
             rows = await connection.fetch(_HELD, *_name(market), since, until, *ids)
+            await failpoints.reach("aggregates.rows_read")
         finally:
             await connection.close()
         return [Held(*row) for row in rows]
@@ -220,9 +223,12 @@ class Aggregates:
     async def _below(self, market: Market, first: int) -> tuple[datetime | None, datetime]:
         """Find when the nearest row below an id was traded, and when the first row of all was."""
         connection = await connect_postgres(self._settings)
+        await failpoints.reach("aggregates.ends_connected")
         try:
             market_id = await connection.fetchval("SELECT market($1, $2)", *_name(market))
+            await failpoints.reach("aggregates.market_read")
             ends = await connection.fetch(_ENDS, market_id)
+            await failpoints.reach("aggregates.ends_read")
             if not ends:
                 raise NotYetKnownError(f"the table has no trade of {market}")
             low, high = ends[0]["time"], ends[-1]["time"] + NEAR
@@ -230,6 +236,7 @@ class Aggregates:
             while below is not None and high - low > NEAR:
                 middle = low + (high - low) / 2
                 (row,) = await connection.fetch(_UNTIL, market_id, middle)
+                await failpoints.reach("aggregates.middle_read")
                 if row["trade_id"] < first:
                     low, below = middle, row["time"]
                 else:

@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 from collector.aggregates import subtract
 from collector.backfill import Venue
 from collector.ledger import TRADE, Ledger
-from sluice import records
+from sluice import failpoints, records
 from sluice.backoff import Backoff
 from sluice.budget import Priority
 from sluice.clock import MICROS_PER_SECOND, now_micros
@@ -135,6 +135,7 @@ class Anchors:
         if not ledgers:
             return
         firsts = await self._redis.hmget(UNANCHORED, [ledger.field for ledger in ledgers])
+        await failpoints.reach("anchors.firsts_read")
         pending = [
             (ledger, int(first))
             for ledger, first in zip(ledgers, firsts, strict=True)
@@ -144,6 +145,7 @@ class Anchors:
         if not pending and not are_orphans_due:
             return
         connection = await connect_postgres(self._settings, command_timeout=300)
+        await failpoints.reach("anchors.connected")
         try:
             for ledger, first in pending:
                 await self._anchor(connection, ledger, first)
@@ -158,9 +160,11 @@ class Anchors:
     async def _adopt_orphans(self, connection: asyncpg.Connection, ledger: Ledger) -> None:
         # In this order: what was closed before the first question is in the table by the last.
         known = {gap.gap_id for gap in await ledger.open_gaps()}
+        await failpoints.reach("anchors.gaps_known")
         if await self._gap_queue.length():
             return
         market = (ledger.market.exchange, ledger.market.symbol)
+        await failpoints.reach("anchors.gaps_stored")
         orphans = [
             row for row in await connection.fetch(_OPEN, *market) if row["gap_id"] not in known
         ]
@@ -169,6 +173,7 @@ class Anchors:
         explained = await self._explained(connection, market)
         for row in orphans:
             found = await connection.fetch(_MISSING_WITHIN, *market, row["from_id"], row["to_id"])
+            await failpoints.reach("anchors.orphan_read")
             await ledger.reopen(
                 subtract([(each["first"], each["last"]) for each in found], explained)
             )
@@ -188,33 +193,43 @@ class Anchors:
     async def _adopt_windows(self, connection: asyncpg.Connection) -> None:
         """Have the open windows of candles that Redis has forgotten refilled."""
         known = set(await self._redis.hkeys(WINDOWS))
-        if await self._gap_queue.length():
+        await failpoints.reach("anchors.windows_known")
+        waiting = await self._gap_queue.length()
+        await failpoints.reach("anchors.windows_clear")
+        if waiting:
             return
-        for row in await connection.fetch(_OPEN_WINDOWS):
+        rows = await connection.fetch(_OPEN_WINDOWS)
+        await failpoints.reach("anchors.windows_stored")
+        for row in rows:
             if row["gap_id"].encode() not in known:
                 gap = Gap(from_id=None, to_id=None, status="open", ts_closed=None, **row)
                 await self._redis.hsetnx(WINDOWS, gap.gap_id, records.encode(gap))
+                await failpoints.reach("anchors.window_adopted")
                 logger.info("{}: a window that Redis had forgotten", gap.gap_id)
 
     async def _explained(
         self, connection: asyncpg.Connection, market: tuple[str, str]
     ) -> list[tuple[int, int]]:
         rows = await connection.fetch(_EXPLAINED, *market)
+        await failpoints.reach("anchors.explained_read")
         return [(row["from_id"], row["to_id"]) for row in rows]
 
     async def _anchor(self, connection: asyncpg.Connection, ledger: Ledger, first: int) -> None:
         market = (ledger.market.exchange, ledger.market.symbol)
         found = await connection.fetch(_MISSING, *market, first)
+        await failpoints.reach("anchors.missing_read")
         holes = subtract(
             [(row["first"], row["last"]) for row in found],
             await self._explained(connection, market),
         )
+        await failpoints.reach("anchors.table_asked")
         if not found and not await connection.fetchval(
             "SELECT EXISTS (SELECT FROM trades WHERE market_id = market($1, $2))", *market
         ):
             holes = await self._unrecorded(ledger, first)
         await ledger.reopen(holes)
         await self._redis.hdel(UNANCHORED, ledger.field)
+        await failpoints.reach("anchors.anchored")
         if holes:
             count = sum(last - low + 1 for low, last in holes)
             logger.info("{}: {} trades before {} are fetched", ledger.field, count, first)

@@ -180,6 +180,7 @@ class Backfill:
             if attempts.due > time.monotonic():
                 continue
             lease = _lease(ledger)
+            await failpoints.reach("backfill.leasing")
             if not await self._redis.set(lease, self._token, nx=True, px=LEASE_MS):
                 continue
             try:
@@ -188,6 +189,7 @@ class Backfill:
                     await self._fetch(hole, gap, ledger, attempts)
             finally:
                 await self._release(keys=[lease], args=[self._token])
+                await failpoints.reach("backfill.released")
             return True
         return False
 
@@ -198,6 +200,7 @@ class Backfill:
                 pipeline.zcard(holes_key(ledger.field))
                 pipeline.hlen(gaps_key(ledger.field))
             counts = await pipeline.execute()
+            await failpoints.reach("backfill.work_counted")
         pairs = zip(ledgers, counts[::2], counts[1::2], strict=True)
         return [ledger for ledger, holes, gaps in pairs if holes or gaps]
 
@@ -317,6 +320,7 @@ class Backfill:
                 self.pages += 1
                 count += 1
                 await self._redis.pexpire(_lease(ledger), LEASE_MS)
+                await failpoints.reach("backfill.lease_extended")
                 added = [row for row in walk.read(page) if overlap([ids], _span(row))]
                 await self._store(aggregates, added, ledger, doubts)
                 if count == MOST_PAGES or walk.is_done:

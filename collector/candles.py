@@ -135,6 +135,7 @@ class Candles:
     async def _step(self) -> bool:
         """Fetch one page; tells whether there was one to fetch."""
         kept = [msgspec.json.decode(item, type=Gap) for item in await self._redis.hvals(WINDOWS)]
+        await failpoints.reach("candles.windows_read")
         gaps = [
             gap
             for gap in kept
@@ -150,6 +151,7 @@ class Candles:
             # It is not given back: two collectors take turns, and it ends by itself.
             lease = f"{PREFIX}:lease:candles:{gap.gap_id}"
             holder = await self._redis.set(lease, self._token, nx=True, px=LEASE_MS, get=True)
+            await failpoints.reach("candles.leased")
             if holder not in (None, self._token.encode()):
                 continue
             await self._fetch(gap, attempts)
@@ -159,6 +161,7 @@ class Candles:
     async def _fetch(self, gap: Gap, attempts: _Attempts) -> None:
         venue = self._venues[gap.exchange]
         filled = await self._redis.hget(WINDOWS_FILLED, gap.gap_id)
+        await failpoints.reach("candles.filled_read")
         assert gap.ts_from is not None and gap.ts_to is not None  # noqa: S101, PT018  # windows have times
         window = (int(filled or gap.ts_from), gap.ts_to)
         gap = _revised(gap, tries=gap.tries + 1)
@@ -189,10 +192,12 @@ class Candles:
             return
         for missing in page.missing:
             await self._gap_queue.push([records.encode(_absent(gap, missing))])
+            await failpoints.reach("candles.absence_pushed")
         if page.is_last:
             await self._close(gap, "filled", gap.cause)
         else:
             await self._redis.hset(WINDOWS_FILLED, gap.gap_id, str(page.until))
+            await failpoints.reach("candles.filled_noted")
 
     async def _ask(self, venue: Venue, gap: Gap, window: Window) -> CandlePage:
         exchange, interval = venue.exchange, gap.channel.removeprefix(KLINE)
@@ -213,15 +218,20 @@ class Candles:
 
     async def _keep(self, gap: Gap) -> None:
         await self._gap_queue.push([records.encode(gap)])
+        await failpoints.reach("candles.gap_pushed")
         await self._redis.hset(WINDOWS, gap.gap_id, records.encode(gap))
+        await failpoints.reach("candles.gap_kept")
 
     async def _close(
         self, gap: Gap, status: Literal["filled", "absent", "lost"], cause: str
     ) -> None:
         closed = _revised(gap, status=status, cause=cause[:MOST_CAUSE], ts_closed=now_micros())
         await self._gap_queue.push([records.encode(closed)])
+        await failpoints.reach("candles.end_pushed")
         await self._redis.hdel(WINDOWS, gap.gap_id)
+        await failpoints.reach("candles.gap_closed")
         await self._redis.hdel(WINDOWS_FILLED, gap.gap_id)
+        await failpoints.reach("candles.filled_forgotten")
 
 
 def _revised(gap: Gap, **changes: object) -> Gap:

@@ -88,16 +88,19 @@ class Ledger:
 
     async def holes(self) -> list[Hole]:
         """Read the holes, lowest first."""
+        await failpoints.reach("ledger.holes_asked")
         return await self._holes.read()
 
     async def open_gaps(self) -> list[Gap]:
         """Read the gaps that are worked on."""
         kept = await self._redis.hvals(self._gaps_key)
+        await failpoints.reach("ledger.gaps_read")
         return [msgspec.json.decode(item, type=Gap) for item in kept]
 
     async def settle(self, settle_ms: int, cause: str) -> list[Gap]:
         """Name the holes that are old enough and close what is filled; gives the open gaps."""
         seconds, micros = await self._redis.time()
+        await failpoints.reach("ledger.time_read")
         now_ms = seconds * 1000 + micros // 1000
         gaps = await self.open_gaps()
         judgement = judge(await self.holes(), gaps, now_ms, settle_ms)
@@ -130,25 +133,31 @@ class Ledger:
             why = f"{gap.cause}; {cause}"[:MOST_CAUSE]
             await self._push(_revised(gap, status=status, cause=why, ts_closed=now_micros()))
             await self._redis.hdel(self._gaps_key, gap.gap_id)
+            await failpoints.reach("ledger.gap_explained")
         if not whole:
             await self._push(self._gap(first, last, status, cause, status))
         await self._trade_queue.push([], [Segment(self.field, first, last)])
+        await failpoints.reach("ledger.holes_explained")
 
     async def reopen(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Make ranges of ids holes again, as if they had just been missed."""
         await self._holes.reopen(ranges)
+        await failpoints.reach("ledger.holes_reopened")
 
     async def adopt(self, gap: Gap) -> None:
         """Work on an open gap of the table's that Redis does not know."""
         await self._redis.hsetnx(self._gaps_key, gap.gap_id, records.encode(gap))
+        await failpoints.reach("ledger.gap_adopted")
 
     async def _keep(self, gap: Gap) -> None:
         await self._push(gap)
         await self._redis.hset(self._gaps_key, gap.gap_id, records.encode(gap))
+        await failpoints.reach("ledger.gap_kept")
 
     async def _close(self, gap: Gap, status: Literal["filled"]) -> None:
         await self._push(_revised(gap, status=status, ts_closed=now_micros()))
         await self._redis.hdel(self._gaps_key, gap.gap_id)
+        await failpoints.reach("ledger.gap_closed")
 
     async def _push(self, gap: Gap) -> None:
         await self._gap_queue.push([records.encode(gap)])

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 from collector.backfill import Venue
 from collector.plausibility import MOST_LEAP
+from sluice import failpoints
 from sluice.budget import Priority
 from sluice.clock import now_micros
 from sluice.exchanges.base import BadFrameError
@@ -107,6 +108,7 @@ class Liveness:
         newest = trades[-1].trade_id
         stream = head_field(market.exchange, market.symbol, "trade")
         head = await self._redis.hget(HEADS, stream)
+        await failpoints.reach("liveness.head_read")
         if head is not None and int(head) >= newest:
             return
         if self._last_seen.get(market, math.inf) > silent_since:
@@ -123,4 +125,5 @@ class Liveness:
         # A wild id is not believed for one answer: what a new socket brings will tell.
         if head is None or newest <= int(head) + MOST_LEAP:
             await self._queue.push([], [Segment(stream, newest + 1, newest)])
+            await failpoints.reach("liveness.hole_pushed")
         self._renew(market, f"{market} is silent")

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from collector.backfill import Venue
+from sluice import failpoints
 from sluice.budget import Priority
 from sluice.clock import now_micros
 from sluice.exchanges.base import BadFrameError
@@ -106,6 +107,7 @@ class Polling:
             head = await self._redis.hget(
                 HEADS, head_field(market.exchange, market.symbol, "trade")
             )
+            await failpoints.reach("polling.head_read")
             if head is not None:
                 return max(int(head), newest or 0)
         return newest

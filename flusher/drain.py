@@ -151,6 +151,7 @@ class Drain:
         while True:
             settings = self._process.settings
             depth = self.counts.depth = await self.queue.length()
+            await failpoints.reach("flusher.counted")
             self._process.progress()
             now = time.monotonic()
             if not depth:
@@ -175,9 +176,9 @@ class Drain:
         settings = self._process.settings
         size, most_bytes = settings.flush_batch_size, settings.flush_batch_bytes
         claim = await self.queue.claim(size, most_bytes, skip=skip)
+        await failpoints.reach("flusher.claimed")
         if not claim.items:
             return None
-        await failpoints.reach("flusher.claimed")
         claimed_bytes = sum(map(len, claim.items))
         self._item_bytes = claimed_bytes / len(claim.items)
         is_full = len(claim.items) >= size or claimed_bytes + self._item_bytes > most_bytes

@@ -19,6 +19,7 @@ from typing import Final
 
 from redis.asyncio import Redis
 
+from sluice import failpoints
 from sluice.queue import FLUSHERS, LEASES, RecordQueue
 
 RENEW_SECONDS: Final = 1.0
@@ -80,16 +81,20 @@ class Leases:
         mine: list[bytes] = await self._share(
             keys=[FLUSHERS, LEASES], args=[self._me, int(LEASE_SECONDS * 1000), *named]
         )
+        await failpoints.reach("leases.shared")
         return {name.decode() for name in mine}
 
     async def release(self) -> None:
         """Leave everything to the others."""
         await self._redis.zrem(FLUSHERS, self._me)
+        await failpoints.reach("leases.released")
 
     async def _forget_the_dead(self) -> None:
         names: list[bytes] = await self._redis.zrange(FLUSHERS, 0, -1)  # type: ignore[assignment]  # scores are not asked for
+        await failpoints.reach("leases.holders_read")
         if dead := [name for name in names if self._is_dead(name.decode())]:
             await self._redis.zrem(FLUSHERS, *dead)
+            await failpoints.reach("leases.dead_forgotten")
 
     def _is_dead(self, name: str) -> bool:
         """Tell whether a flusher of this host has ended; of others it is not known."""

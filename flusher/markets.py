@@ -5,6 +5,7 @@ from typing import Final
 
 import asyncpg
 
+from sluice import failpoints
 from sluice.exchanges import EXCHANGES
 
 MarketName = tuple[str, str]
@@ -53,8 +54,11 @@ class Markets:
             for exchange in exchanges
         ]
         known = await self._connection.fetch(_READ, exchanges, symbols)
+        await failpoints.reach("markets.read")
         if len(known) < len(missing):
             # An insert that conflicts takes a number from the sequence all the same.
             await self._connection.execute(_ASSIGN, exchanges, symbols, kinds)
+            await failpoints.reach("markets.assigned")
             known = await self._connection.fetch(_READ, exchanges, symbols)
+            await failpoints.reach("markets.read_again")
         self._ids |= {(row["exchange"], row["symbol"]): row["market_id"] for row in known}

@@ -64,11 +64,15 @@ class Writer:
         connection = await connect_postgres(
             settings, command_timeout=COMMAND_SECONDS, server_settings=_SESSION
         )
+        await failpoints.reach("writer.connected")
         try:
             await connection.execute(_BE_DURABLE)
+            await failpoints.reach("writer.made_durable")
             await connection.execute(table.create_staging)
+            await failpoints.reach("writer.staged")
             # As the server calls it: what the handshake tells may be a pooler's.
             pid = await connection.fetchval("SELECT pg_backend_pid()")
+            await failpoints.reach("writer.identified")
         except BaseException:
             connection.terminate()
             raise
@@ -119,10 +123,12 @@ class Writer:
             connection = await connect_postgres(
                 self._settings, command_timeout=COMMAND_SECONDS, server_settings=_SESSION
             )
+            await failpoints.reach("writer.watch_connected")
             try:
                 answer: bool = await connection.fetchval(
                     _IS_AT_WORK, self._pid, SILENCE_SECONDS / 2
                 )
+                await failpoints.reach("writer.watch_answered")
             finally:
                 connection.terminate()
         except Exception:  # noqa: BLE001  # whoever can not be asked; a statement has its time limit
@@ -174,9 +180,10 @@ class Writer:
             status = await connection.execute(self._table.insert)
             await failpoints.reach("flusher.inserted")
             await connection.execute("COMMIT")
+            await failpoints.reach("flusher.committed")
         except Exception as error:
             if judge(error) is Verdict.REJECTED:
                 await connection.execute("ROLLBACK")
+                await failpoints.reach("writer.rolled_back")
             raise
-        await failpoints.reach("flusher.committed")
         return int(status.rsplit(" ", 1)[1])

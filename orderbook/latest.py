@@ -21,6 +21,7 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from sluice import failpoints
 from sluice.queue import book_floor_key, book_key, live_book_channel
 from sluice.records import Level
 from sluice.settings import Market
@@ -161,6 +162,7 @@ class LatestBooks:
                 keys=[key for market in lost for key in _keys(market)],
                 args=[self._expiry_ms, *lost.values()],
             )
+            await failpoints.reach("latest.deleted")
             # A book may have come back and been lost again meanwhile.
             for market, sync_id in lost.items():
                 if self._lost.get(market) == sync_id:
@@ -185,6 +187,7 @@ class LatestBooks:
             return
         try:
             results = await self._write_script(keys=keys, args=arguments)
+            await failpoints.reach("latest.written")
         except (RedisError, OSError):
             self._changed.update(dict.fromkeys(markets))
             raise

@@ -19,6 +19,7 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from sluice import failpoints
 from sluice.exchanges.base import Exchange
 from sluice.queue import budget_key
 
@@ -111,6 +112,7 @@ class Budget:
         """Note what the venue says this address has used of its minute."""
         try:
             await self._report(keys=[self._key], args=[max(0, self._limit - used)])
+            await failpoints.reach("budget.reported")
         except (RedisError, OSError) as error:
             logger.debug("budget of {}: not reported: {}", self._exchange, error)
 
@@ -132,6 +134,7 @@ class Budget:
         arguments = [weight, need, self._burst, self._per_second / _MILLIS, pause]
         try:
             wait = await self._acquire(keys=[self._key], args=arguments)
+            await failpoints.reach("budget.asked")
         except (RedisError, OSError) as error:
             if not self._is_alone:
                 logger.warning(

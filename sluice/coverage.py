@@ -16,7 +16,7 @@ from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from sluice import records
+from sluice import failpoints, records
 from sluice.clock import now_micros
 from sluice.queue import BOOKS_COVERED, WINDOWS, RecordQueue, head_field
 from sluice.records import Gap
@@ -121,6 +121,7 @@ class Coverage:
         if ready:
             pairs = [item for market, ts in ready.items() for item in (self._field(market), ts)]
             await self._cover(keys=[self._notes_key], args=pairs)
+            await failpoints.reach("coverage.noted")
             for market, ts in ready.items():
                 if self._until[market] == ts:
                     del self._until[market]
@@ -129,6 +130,7 @@ class Coverage:
         notes = await self._redis.hmget(
             self._notes_key, [self._field(back.market) for back in returns]
         )
+        await failpoints.reach("coverage.read")
         gaps = {}
         for back, note in zip(returns, notes, strict=True):
             window = missed_window(back, None if note is None else int(note))
@@ -142,7 +144,9 @@ class Coverage:
     async def _name(self, gaps: Mapping[str, bytes]) -> None:
         if self._status == "open":
             await self._redis.hset(WINDOWS, items=[part for pair in gaps.items() for part in pair])
+            await failpoints.reach("coverage.windows_kept")
         await self._gap_queue.push(list(gaps.values()))
+        await failpoints.reach("coverage.windows_pushed")
 
     def _field(self, market: Market) -> str:
         return head_field(market.exchange, market.symbol, self._channel)

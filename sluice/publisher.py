@@ -312,7 +312,6 @@ class Publisher:
             batch = self._taken[0]
             await failpoints.reach("publisher.taken")
             if self._spool is None and await self._push(batch):
-                await failpoints.reach("publisher.pushed")
                 self.counts.pushed[batch.kind] += len(batch.items)
             else:
                 await self._put_aside(batch)
@@ -327,6 +326,7 @@ class Publisher:
         try:
             queue = self._queue(batch.kind, batch.shard)
             length, prior = await queue.push(batch.items, batch.segments)
+            await failpoints.reach("publisher.pushed")
         except (RedisError, OSError) as error:
             self.counts.failures += 1
             self._postpone(error)
@@ -372,12 +372,13 @@ class Publisher:
                 self._spool = await asyncio.to_thread(
                     Spool.create, self._settings.spool_dir, self._settings.spool_max_mb * 2**20
                 )
+                await failpoints.reach("publisher.spool_opened")
             await asyncio.to_thread(self._spool.append, batch)
+            await failpoints.reach("publisher.spooled")
         except (SpoolFullError, OSError, sqlite3.Error) as error:
             shed = [records.decode(batch.kind, item) for item in batch.items]
             self._shed(batch.kind, shed, f"Redis refuses records and so does the spool: {error}")
             return
-        await failpoints.reach("publisher.spooled")
         self.counts.spooled += len(batch.items)
 
     def _shed(self, kind: str, shed: list[Record], why: str) -> None:
@@ -427,6 +428,7 @@ class Publisher:
             self._adopted.remove(spool)
         with suppress(OSError, sqlite3.Error):
             await asyncio.to_thread(spool.close)
+            await failpoints.reach("publisher.spool_closed")
 
     async def _return(self, spool: Spool, until: float) -> bool:
         """Empty a spool; tells whether it is, for new records must not wait while old ones return.
@@ -434,12 +436,14 @@ class Publisher:
         One batch returns each time even when the time is short.
         """
         while (oldest := await asyncio.to_thread(spool.oldest)) is not None:
+            await failpoints.reach("publisher.spool_read")
             position, batch = oldest
             if not await self._push(batch):
                 return False
             await failpoints.reach("publisher.returned")
             self.counts.returned += len(batch.items)
             await asyncio.to_thread(spool.remove, position)
+            await failpoints.reach("publisher.spool_removed")
             if time.monotonic() > until:
                 return False
         return True
@@ -449,6 +453,7 @@ class Publisher:
             found = await asyncio.to_thread(
                 adopt, self._settings.spool_dir, self._settings.spool_max_mb * 2**20
             )
+            await failpoints.reach("publisher.spools_adopted")
         except OSError as error:
             logger.error("SPOOL_DIR: {}: what waits there stays; look after the disk", error)
             return
@@ -463,7 +468,9 @@ class Publisher:
         most = self._settings.queue_max_mb * 2**20
         try:
             queues = await find_queues(self._redis, records.KINDS)
+            await failpoints.reach("publisher.queues_found")
             held = sum([await queue.memory() for queue in queues])
+            await failpoints.reach("publisher.queues_measured")
         except (RedisError, OSError) as error:
             self._postpone(error)
             return
@@ -485,6 +492,7 @@ class Publisher:
             return
         try:
             await self._redis.ping()
+            await failpoints.reach("publisher.redis_asked")
             await self._compare_heads()
             await self._keep_bad_frames()
         except (RedisError, OSError) as error:
@@ -503,6 +511,7 @@ class Publisher:
             return
         names = list(self._heads)
         stored = await self._redis.hmget(HEADS, names)
+        await failpoints.reach("publisher.heads_read")
         behind = [
             Segment(name, self._heads[name] + 1, self._heads[name])
             for name, head in zip(names, stored, strict=True)
@@ -513,12 +522,15 @@ class Publisher:
                 "Redis came back older in {} markets; what it lost is fetched again", len(behind)
             )
             await self._queue("trade", 0).push([], behind)
+            await failpoints.reach("publisher.holes_pushed")
 
     async def _keep_bad_frames(self) -> None:
         if self._bad_frames:
             frames = list(self._bad_frames)
             await self._redis.rpush(BAD_FRAMES, *frames)
+            await failpoints.reach("publisher.frames_kept")
             await self._redis.ltrim(BAD_FRAMES, -KEPT_BAD_FRAMES, -1)
+            await failpoints.reach("publisher.frames_trimmed")
             for _ in frames:
                 self._bad_frames.popleft()
 

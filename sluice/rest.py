@@ -4,6 +4,7 @@ import aiohttp
 from aiohttp_socks import ProxyConnector
 from yarl import URL
 
+from sluice import failpoints
 from sluice.budget import Budget, Priority
 from sluice.exchanges.base import Exchange, Refusal, Request
 from sluice.settings import Settings
@@ -62,6 +63,7 @@ class RestClient:
             async with self._session.get(
                 url, params=request.query, proxy=self._proxy, allow_redirects=False
             ) as response:
+                await failpoints.reach("rest.answered")
                 body = await _read(response)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             self.failures += 1
@@ -88,6 +90,7 @@ class RestClient:
 async def _read(response: aiohttp.ClientResponse) -> bytes:
     body = bytearray()
     async for chunk in response.content.iter_any():
+        await failpoints.reach("rest.part_read")
         body += chunk
         if len(body) > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES} bytes")

@@ -18,6 +18,7 @@ from loguru import logger
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
+from sluice import failpoints
 from sluice.backoff import Backoff
 from sluice.clock import MICROS_PER_SECOND, now_micros
 from sluice.exchanges import Exchange
@@ -197,7 +198,9 @@ class Stream:
         asked = now_micros()
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                await (await session.socket.ping())
+                pong = await session.socket.ping()
+                await failpoints.reach("stream.pinged")
+                await pong
         except (TimeoutError, OSError, WebSocketException):
             return None
         self._on_progress()
@@ -252,6 +255,7 @@ class Stream:
                 max_queue=4096,
                 proxy=self._proxy,
             )
+            await failpoints.reach("stream.connected")
         except (OSError, WebSocketException) as error:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             self.counts.disconnects["not connected"] += 1
@@ -285,6 +289,7 @@ class Stream:
             self._request_id += 1
             part = channels[start : start + CHANNELS_IN_PATH]
             await session.socket.send(write(part, self._request_id))
+            await failpoints.reach("stream.subscribed")
 
     async def _change(self, session: _Session) -> None:
         """Subscribe to what the open socket lacks, then drop what it should not carry."""
@@ -306,6 +311,7 @@ class Stream:
         try:
             while True:
                 frame = await receive(decode=False)
+                await failpoints.reach("stream.frame_read")
                 ts_recv = now_micros()
                 session.frames += 1
                 session.last = time.monotonic()
@@ -411,6 +417,7 @@ class Stream:
         self._request_id += 1
         try:
             await session.socket.send(self._exchange.list_subscriptions(self._request_id))
+            await failpoints.reach("stream.asked")
         except ConnectionClosed:
             return True  # the reader says why
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -427,6 +434,7 @@ class Stream:
     async def _close(self, session: _Session) -> None:
         with suppress(OSError, WebSocketException):
             await session.socket.close()
+            await failpoints.reach("stream.closed")
         if session.reader is not None:
             # What had arrived before the close is still read.
             await asyncio.gather(session.reader, return_exceptions=True)

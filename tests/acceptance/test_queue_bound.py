@@ -12,7 +12,7 @@ from sluice.cli.servers import PostgresServer
 from sluice.queue import RecordQueue
 from tests.acceptance.completeness import account, complete, fresh
 from tests.acceptance.processes import processes
-from tests.acceptance.test_failpoints import spooled_batches
+from tests.acceptance.spooled import spooled_batches
 from tests.faults.waiting import eventually
 from tests.servers import Database
 

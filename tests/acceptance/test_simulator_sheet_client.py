@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from sluice.simulator import Levels, Order, Simulator, SimulatorConfig
-from sluice.simulator.faults import CONNECTION, CONTROL, HANDSHAKE, MESSAGE, REST
+from sluice.simulator.faults import CONNECTION, CONTROL, HANDSHAKE, KINDS, MESSAGE, REST, STANDING
 from tests.sheet_client import SheetBook, SheetClient
 
 PATIENCE = 200
@@ -153,7 +153,18 @@ async def test_ends_with_the_true_book_and_every_trade_under_each_of(group: str)
 
 
 def test_every_fault_is_suffered() -> None:
-    assert FAULTS.keys() == MESSAGE | CONNECTION | HANDSHAKE | CONTROL | REST
+    assert FAULTS.keys() == KINDS - STANDING
+
+
+async def test_a_clock_that_is_an_hour_off_either_way_changes_nothing() -> None:
+    async with Simulator(CONFIG) as simulator, follower(simulator) as client:
+        await is_settled(client)
+        for milliseconds in (3_600_000, -3_600_000):
+            simulator.exchange.skew_clock(milliseconds)
+            seen = {symbol: simulator.truth.update_id(symbol) for symbol in SYMBOLS}
+            await until(lambda: all(client.books[s].update_id > seen[s] for s in SYMBOLS))  # noqa: B023  # awaited within the loop
+        assert simulator.truth.counts["skew"] == 2
+        await assert_whole(simulator, client)
 
 
 async def test_a_quiet_exchange_gives_no_cause_to_resync_or_to_ask_again() -> None:

@@ -6,8 +6,10 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Final
 
 from redis import Redis
 
@@ -15,7 +17,11 @@ from sluice.cli.debian import ensure_root
 from sluice.cli.servers import PostgresServer, RedisServer
 from tests.chaos.run import Result, Servers, run_seed
 from tests.conftest import SERVICES
+from tests.faults.disk import mount, unmount
 from tests.servers import database_of, fresh_database, schema_template
+
+DISK_MEGABYTES: Final = {"redis": 128, "postgres": 512, "spool": 8}
+"""Small enough to be filled in a moment, large enough for what a run of seeds leaves."""
 
 
 def main() -> int:
@@ -28,8 +34,9 @@ def main() -> int:
     results = []
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="sluice-chaos-"))
+        disks = {name: stack.enter_context(disk) for name, disk in _disks(directory)}
         redis = RedisServer(root, directory / "redis")
-        postgres = PostgresServer(root, directory / "postgres")
+        postgres = PostgresServer(root, directory / "postgres", options={"max_wal_size": "64MB"})
         for server in (redis, postgres):
             stack.callback(server.kill)
             server.start()
@@ -42,7 +49,7 @@ def main() -> int:
             with fresh_database(administration, template=template) as database:
                 with Redis.from_url(redis.url) as client:
                     client.flushall()
-                servers = Servers(redis, postgres, database)
+                servers = Servers(redis, postgres, database, disks)
                 result = asyncio.run(run_seed(servers, seed, options.seconds, logs))
             print(result, flush=True)
             results.append(result)
@@ -50,11 +57,30 @@ def main() -> int:
                 shutil.rmtree(logs)
             else:
                 print(f"  {time.monotonic() - began:.0f} s; the logs: {logs}", flush=True)
-    for name in ("redis", "postgres"):
-        shutil.rmtree(directory / name)
+    for name in DISK_MEGABYTES:
+        shutil.rmtree(directory / name, ignore_errors=True)
     if not any(directory.iterdir()):
         directory.rmdir()
     return _summarise(results)
+
+
+def _disks(directory: Path) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
+    """Give the small file systems there can be: none without root."""
+    for name, megabytes in DISK_MEGABYTES.items():
+        path = directory / name
+        path.mkdir()
+        if problem := mount(path, megabytes):
+            print(f"no full disks: {problem}", file=sys.stderr)
+            return
+        yield name, _mounted(path)
+
+
+@contextmanager
+def _mounted(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    finally:
+        unmount(path)
 
 
 def _summarise(results: list[Result]) -> int:

@@ -8,10 +8,11 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Final, Literal
 
 import asyncpg
@@ -26,6 +27,7 @@ from tests.acceptance.processes import Processes
 from tests.chaos.plan import Step
 from tests.chaos.services import Services, stopped
 from tests.faults import postgres_faults, redis_faults
+from tests.faults.disk import filled
 from tests.faults.proxy import Proxy
 from tests.servers import Database
 
@@ -42,6 +44,8 @@ class Rig:
     postgres_proxy: Proxy
     database: Database
     hits: Counter[str]
+    disks: Mapping[str, Path]
+    """Small file systems, by whose they are."""
     are_counters_whole: bool = True
 
     @asynccontextmanager
@@ -126,18 +130,35 @@ SERVICES_OF: Final = {
     "backfill": ("collector",),
     "ledger": ("collector",),
     "flusher": ("flusher",),
+    "writer": ("flusher",),
+    "markets": ("flusher",),
+    "leases": ("flusher",),
+    "stream": ("collector", "orderbook"),
+    "rest": ("collector", "orderbook"),
+    "budget": ("collector", "orderbook"),
+    "anchors": ("collector",),
+    "aggregates": ("collector",),
+    "polling": ("collector",),
+    "candles": ("collector",),
+    "liveness": ("collector",),
+    "latest": ("orderbook",),
+    "coverage": ("orderbook",),
 }
 """The services that come by the failpoints of each module."""
 
 
-def _failpoint(point: str) -> Fault:
+def _failpoint(module: str) -> Fault:
+    points = sorted(point for point in POINTS if point.startswith(f"{module}."))
+    services = SERVICES_OF[module]
+
     async def die(rig: Rig, step: Step) -> int:
-        service = SERVICES_OF[point.partition(".")[0]]
-        slot = rig.services.of(service[int(step.draw * len(service))], step.draw)
+        draw = Random(step.draw)
+        point = draw.choice(points)
+        slot = rig.services.of(draw.choice(services), step.draw)
         with rig.services.in_hand(slot) as process:
             process.kill()
             await asyncio.to_thread(process.wait)
-            rig.services.start(slot, f"{point}:{1 + int(step.draw * 3)}")
+            rig.services.start(slot, f"{point}:{draw.randint(1, 3)}")
         return 0  # the watch counts the death
 
     return die
@@ -236,6 +257,25 @@ async def _redis_drop_clients(rig: Rig, step: Step) -> int:
     return ended
 
 
+async def _redis_disk_full(rig: Rig, step: Step) -> int:
+    """Its append-only file can not grow: it takes no writes until it can."""
+    async with rig.redis_client() as client:
+        before = await _refusals(client, "MISCONF")
+        with filled(rig.disks["redis"]):
+            await asyncio.sleep(1 + step.seconds)
+        return await _refusals(client, "MISCONF") - before
+
+
+async def _redis_and_spool_full(rig: Rig, step: Step) -> int:
+    """There is no room for a record anywhere."""
+    async with rig.redis_client() as client:
+        before = await _refusals(client, "OOM")
+        with filled(rig.disks["spool"]) as taken:
+            async with redis_faults.memory_full(client):
+                await asyncio.sleep(step.seconds)
+        return bool(taken) and await _refusals(client, "OOM") - before
+
+
 # PostgreSQL -----------------------------------------------------------------------------------
 
 
@@ -298,6 +338,25 @@ async def _postgres_read_only(rig: Rig, step: Step) -> int:
     return int(seen == "on")
 
 
+async def _postgres_disk_full(rig: Rig, step: Step) -> int:
+    """It can write neither rows nor its log; where that ends it, it is started again."""
+    hits = 0
+    with filled(rig.disks["postgres"]):
+        try:
+            connection = await asyncpg.connect(rig.database.dsn, timeout=10)
+            try:
+                await connection.execute("CREATE TABLE filler AS SELECT generate_series(1, 100000)")
+            finally:
+                connection.terminate()
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            hits = 1
+        await asyncio.sleep(step.seconds)
+    for _ in range(2):  # it may end while it recovers
+        await asyncio.to_thread(rig.postgres.start)
+        await asyncio.sleep(0.5)
+    return hits
+
+
 # Between a process and a server ---------------------------------------------------------------
 
 Which = Callable[[Rig], Proxy]
@@ -340,6 +399,15 @@ def _disconnect(which: Which, how: Literal["cut", "reset_all", "half_open"]) -> 
     return disconnect
 
 
+def _refused(which: Which) -> Fault:
+    async def refuse(rig: Rig, step: Step) -> int:
+        async with which(rig).refusing() as ended:
+            await asyncio.sleep(step.seconds)
+        return ended
+
+    return refuse
+
+
 def _lost_reply(which: Which, to: bytes, then: Literal["hang", "reset"]) -> Fault:
     async def lose(rig: Rig, step: Step) -> int:
         proxy = which(rig)
@@ -380,6 +448,16 @@ async def _hide(rig: Rig, step: Step) -> int:
     return 1
 
 
+async def _skew(rig: Rig, step: Step) -> int:
+    """The exchange's clock jumps, by an hour at most, and back again."""
+    before = await rig.injected("skew")
+    skew = int((step.draw - 0.5) * 7_200_000)
+    for milliseconds in (skew, 0):
+        await rig.control("skew", {"milliseconds": milliseconds})
+        await asyncio.sleep(step.seconds)
+    return await rig.injected("skew") - before
+
+
 FAULTS: Final[dict[str, dict[str, Fault]]] = {
     "process": {
         "kill": _kill,
@@ -387,7 +465,7 @@ FAULTS: Final[dict[str, dict[str, Fault]]] = {
         "terminate-and-kill": _terminate_and_kill,
         "freeze": _freeze_process,
         "deploy": _deploy,
-        **{f"failpoint {point}": _failpoint(point) for point in sorted(POINTS)},
+        **{f"failpoint {module}": _failpoint(module) for module in SERVICES_OF},
     },
     "redis": {
         "redis kill": _redis_kill,
@@ -398,12 +476,15 @@ FAULTS: Final[dict[str, dict[str, Fault]]] = {
         "redis empty": _redis_empty,
         "redis older": _redis_older,
         "redis tail-cut": _redis_tail_cut,
+        "redis disk-full": _redis_disk_full,
+        "redis and spool full": _redis_and_spool_full,
         "redis drop-clients": _redis_drop_clients,
         "redis latency": _network(_redis_of, "latency"),
         "redis rate": _network(_redis_of, "rate"),
         "redis blackhole": _network(_redis_of, "blackhole"),
         "redis cut": _disconnect(_redis_of, "cut"),
         "redis reset": _disconnect(_redis_of, "reset_all"),
+        "redis refused": _refused(_redis_of),
         "redis half-open": _disconnect(_redis_of, "half_open"),
         "redis reply-lost": _lost_reply(_redis_of, b"", "hang"),
         "redis reply-reset": _lost_reply(_redis_of, b"", "reset"),
@@ -415,11 +496,13 @@ FAULTS: Final[dict[str, dict[str, Fault]]] = {
         "postgres freeze": _postgres_freeze,
         "postgres lock": _postgres_lock,
         "postgres read-only": _postgres_read_only,
+        "postgres disk-full": _postgres_disk_full,
         "postgres latency": _network(_postgres_of, "latency"),
         "postgres rate": _network(_postgres_of, "rate"),
         "postgres blackhole": _network(_postgres_of, "blackhole"),
         "postgres cut": _disconnect(_postgres_of, "cut"),
         "postgres reset": _disconnect(_postgres_of, "reset_all"),
+        "postgres refused": _refused(_postgres_of),
         "postgres half-open": _disconnect(_postgres_of, "half_open"),
         "postgres commit-lost": _lost_reply(_postgres_of, b"COMMIT", "hang"),
         "postgres commit-reset": _lost_reply(_postgres_of, b"COMMIT", "reset"),
@@ -438,6 +521,7 @@ FAULTS: Final[dict[str, dict[str, Fault]]] = {
         "exchange rest-cut": _order("rest_cut"),
         "exchange stale": _order("stale_snapshot", on="depth/*"),
         "exchange hide": _hide,
+        "exchange skew": _skew,
         "exchange stall": _order("stall"),
         "exchange half-open": _order("half_open"),
         "exchange acked-but-silent": _order("acked_but_silent"),
@@ -449,3 +533,10 @@ SLOW_TO_HEAL: Final = frozenset(
     {"exchange stall", "exchange half-open", "exchange acked-but-silent"}
 )
 """A socket without data is asked after half a minute at the earliest: not for a short run."""
+
+DISKS: Final = {
+    "redis disk-full": "redis",
+    "redis and spool full": "spool",
+    "postgres disk-full": "postgres",
+}
+"""Faults that need a small file system, and whose."""

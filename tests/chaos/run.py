@@ -4,19 +4,21 @@ import asyncio
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Final, Literal
 
+import aiohttp
 import asyncpg
 from redis.asyncio import Redis
 
 from sluice.cli.servers import PostgresServer, RedisServer
 from sluice.settings import Market
 from tests.acceptance.processes import processes
-from tests.chaos.faults import FAULTS, SLOW_TO_HEAL, Rig
+from tests.chaos.faults import DISKS, FAULTS, SLOW_TO_HEAL, Rig
 from tests.chaos.plan import Plan, Step, plan
 from tests.chaos.services import Services
 from tests.faults.framing import PostgresDialogue, RedisDialogue
@@ -38,11 +40,15 @@ SHOWN: Final = 20
 
 @dataclass
 class Servers:
-    """What one seed breaks: both servers, and a database that is empty but for its schema."""
+    """What one seed breaks: both servers, and a database that is empty but for its schema.
+
+    `disks` are small file systems, by whose they are; without one its faults are left out.
+    """
 
     redis: RedisServer
     postgres: PostgresServer
     database: Database
+    disks: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,7 +95,12 @@ class Result:
 async def run_seed(servers: Servers, seed: int, seconds: float, directory: Path) -> Result:
     """Run one seed on servers that hold nothing; logs stay in `directory`."""
     names = {
-        lane: [name for name in faults if seconds >= LONG_SECONDS or name not in SLOW_TO_HEAL]
+        lane: [
+            name
+            for name in faults
+            if (seconds >= LONG_SECONDS or name not in SLOW_TO_HEAL)
+            and (name not in DISKS or DISKS[name] in servers.disks)
+        ]
         for lane, faults in FAULTS.items()
     }
     drawn = plan(seed, seconds, names)
@@ -113,7 +124,7 @@ async def run_seed(servers: Servers, seed: int, seconds: float, directory: Path)
         await _judge(rig, truth, starts, result)
         await rig.services.end_all()
         result.verdict.violations += rig.services.violations
-        result.verdict.violations += _check_spool(directory / "spool")
+        result.verdict.violations += _check_spool(_spool_of(servers, directory))
     return result
 
 
@@ -135,6 +146,8 @@ async def _started(
             "REDIS_PORT": str(redis_proxy.port),
             "POSTGRES_PORT": str(postgres_proxy.port),
             "SYMBOLS": ",".join(map(str, MARKETS)),
+            "SPOOL_DIR": str(_spool_of(servers, directory)),
+            "STREAMS": "trade,kline_1s,ticker",
             "SNAPSHOT_INTERVAL_MS": "200",
             "DRAIN_SECONDS": str(drain_seconds),
         }
@@ -154,6 +167,7 @@ async def _started(
                         postgres_proxy,
                         servers.database,
                         result.hits,
+                        servers.disks,
                     ),
                     truth,
                 )
@@ -224,12 +238,41 @@ async def _judge(rig: Rig, truth: Truth, starts: dict[Market, int], result: Resu
             start_ids=starts,
             within=CEILING,
         )
+        if not result.hits["exchange skew"]:
+            for market in MARKETS:
+                violations += await _check_bars(rig, connection, market)
         result.verdict.violations += violations + rig.services.check()
         result.trades = await connection.fetchval("SELECT count(*) FROM trades")
         result.books = await connection.fetchval("SELECT count(*) FROM orderbook_snapshots")
     finally:
         await connection.close()
         await client.aclose()
+
+
+def _spool_of(servers: Servers, directory: Path) -> Path:
+    return servers.disks.get("spool", directory) / f"spool-{directory.name}"
+
+
+async def _check_bars(rig: Rig, connection: asyncpg.Connection, market: Market) -> list[Violation]:
+    """Every stored bar of a second is as REST serves it, where it still does."""
+    url = f"{rig.processes.simulator_url}/api/v3/klines?interval=1s&limit=1000"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{url}&symbol={market.symbol}") as answer,
+    ):
+        served = {row[0]: row for row in await answer.json()}
+    stored = await connection.fetch(
+        "SELECT (extract(epoch FROM time) * 1000)::bigint AS time, open, high, low, close, volume,"
+        " trade_count FROM klines WHERE market_id = market($1, $2) AND interval = '1s'",
+        market.exchange,
+        market.symbol,
+    )
+    return [
+        Violation("bars", str(market), f"at {row['time']}: {list(row)[1:]} instead of {theirs}")
+        for row in stored
+        if (bar := served.get(row["time"])) is not None
+        and list(row)[1:] != (theirs := [*map(Decimal, bar[1:6]), bar[8]])
+    ]
 
 
 def _check_spool(directory: Path) -> list[Violation]:

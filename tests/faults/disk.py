@@ -18,17 +18,27 @@ def small_file_system(path: Path, megabytes: int) -> Iterator[Path]:
 
     A server is put on it by giving it the directory before its first start.
     """
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount a small file system")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs", str(path)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this root may not mount: {done.stderr.strip()}")
+    if problem := mount(path, megabytes):
+        pytest.skip(problem)
     try:
         yield path
     finally:
-        # Lazily: a server that was just killed may hold it for another moment.
-        subprocess.run(["umount", "--lazy", path], check=True)  # noqa: S607  # the system's own
+        unmount(path)
+
+
+def mount(path: Path, megabytes: int) -> str:
+    """Mount a file system of this size over an empty directory; says why where it may not."""
+    if os.geteuid() != 0:
+        return "only root may mount a small file system"
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"this root may not mount: {done.stderr.strip()}" if done.returncode else ""
+
+
+def unmount(path: Path) -> None:
+    """Take a small file system off again."""
+    # Lazily: a server that was just killed may hold it for another moment.
+    subprocess.run(["umount", "--lazy", path], check=True)  # noqa: S607  # the system's own
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import asyncio
 import random
 import socket
 import struct
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -139,6 +139,7 @@ class Proxy:
 
     async def __aenter__(self) -> Self:
         self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._port: int = self._listener.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(
@@ -157,8 +158,7 @@ class Proxy:
     @property
     def port(self) -> int:
         """The port to give to clients."""
-        port: int = self._listener.sockets[0].getsockname()[1]
-        return port
+        return self._port
 
     @property
     def open_connections(self) -> int:
@@ -188,6 +188,20 @@ class Proxy:
                 _reset(link.server)
         self.counts.half_opened += len(links)
         return len(links)
+
+    @asynccontextmanager
+    async def refusing(self) -> AsyncIterator[int]:
+        """End every connection abruptly and refuse new ones; gives how many were ended."""
+        self._listener.close()
+        ended = self.reset_all()
+        # Bound and not listened to: the system refuses, and nobody else takes the port.
+        closed = socket.socket()
+        closed.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        closed.bind(("127.0.0.1", self._port))
+        try:
+            yield ended
+        finally:
+            self._listener = await asyncio.start_server(self._accept, sock=closed)
 
     def blackhole(self) -> None:
         """Swallow everything in both directions until `heal`."""

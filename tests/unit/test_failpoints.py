@@ -13,6 +13,9 @@ import pytest
 
 from sluice import failpoints
 from sluice.failpoints import POINTS, FailpointError, arm, reach
+from tests.acceptance.hasty import PATIENCE
+from tests.acceptance.places import PLACES, UNREACHED
+from tests.awaits import unnamed_awaits, unnamed_in
 
 ROOT = Path(__file__).parents[2]
 POINT, OTHER = sorted(POINTS)[:2]
@@ -115,20 +118,30 @@ def test_every_place_is_in_the_code_once_and_every_place_in_the_code_is_known() 
     assert sorted(found) == sorted(failpoints.POINTS)
 
 
+def test_every_await_of_the_data_path_has_a_place_beside_it() -> None:
+    assert unnamed_awaits() == []
+
+
+def test_an_await_without_a_place_is_found(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(
+        "async def f(redis, stop):\n"
+        "    await redis.get('a')\n"
+        "    await failpoints.reach('a.read')\n"
+        "    await redis.get('b')\n"
+        "    await g(redis)\n"
+        "    await asyncio.wait_for(stop.wait(), 1)\n"
+        "async def g(redis):\n"
+        "    if await redis.get('c'):\n"
+        "        await failpoints.reach('c.read')\n"
+        "    return [await redis.get('d') for _ in range(3)]\n"
+    )
+    assert unnamed_in([module]) == ["module.py:4: redis.get", "module.py:10: redis.get"]
+
+
+def test_what_a_hasty_process_changes_is_there() -> None:
+    assert [name for module, name, _ in PATIENCE if not hasattr(module, name)] == []
+
+
 def test_every_place_is_one_where_some_test_lets_a_process_die() -> None:
-    # Chaos draws all of them, but promises to come by none.
-    texts = [
-        path.read_text(encoding="utf-8")
-        for path in (ROOT / "tests" / "acceptance").glob("test_*.py")
-        if path.name != "test_chaos.py"
-    ]
-    named = {
-        name for text in texts for name in re.findall(r'"([a-z]+\.[a-z_]+)(?::[0-9]+)?"', text)
-    }
-    whole = [
-        prefix
-        for text in texts
-        for prefix in re.findall(r'for name in POINTS if name\.startswith\("([a-z]+\.)"\)', text)
-    ]
-    assert whole
-    assert {name for name in POINTS - named if not name.startswith(tuple(whole))} == set()
+    assert PLACES.keys() | UNREACHED.keys() == POINTS
