@@ -25,7 +25,7 @@ from sluice import failpoints, records
 from sluice.backoff import Backoff
 from sluice.budget import Priority
 from sluice.clock import MICROS_PER_SECOND, now_micros
-from sluice.connections import connect_postgres
+from sluice.connections import access_problem, connect_postgres
 from sluice.exchanges.base import BadFrameError
 from sluice.queue import UNANCHORED, WINDOWS, RecordQueue
 from sluice.records import Gap
@@ -121,7 +121,10 @@ class Anchors:
                 backoff.reset()
             except (RedisError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
                 if backoff.failures == 0:
-                    logger.warning("what was recorded before is not known yet: {}", error)
+                    problem = access_problem(error)
+                    level = "ERROR" if problem else "WARNING"
+                    told = problem or error
+                    logger.log(level, "what was recorded before is not known yet: {}", told)
                 delay = backoff.next_delay()
             except (RestError, BadFrameError) as error:
                 logger.warning("where the record should begin is not known yet: {}", error)

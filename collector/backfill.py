@@ -154,9 +154,12 @@ class Backfill:
             try:
                 if await self._step():
                     delay = 0.0
+                if backoff.failures:
+                    logger.info("backfill: Redis answers again")
                 backoff.reset()
             except (RedisError, OSError) as error:
-                logger.warning("backfill: Redis: {}; nothing is lost, trying again", error)
+                if not backoff.failures:
+                    logger.warning("backfill: Redis: {}; nothing is lost, trying again", error)
                 delay = backoff.next_delay()
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay or 0.001):

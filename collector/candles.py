@@ -124,9 +124,12 @@ class Candles:
             try:
                 if await self._step():
                     delay = 0.001
+                if backoff.failures:
+                    logger.info("candles: Redis answers again")
                 backoff.reset()
             except (RedisError, OSError) as error:
-                logger.warning("candles: Redis: {}; nothing is lost, trying again", error)
+                if not backoff.failures:
+                    logger.warning("candles: Redis: {}; nothing is lost, trying again", error)
                 delay = backoff.next_delay()
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay):

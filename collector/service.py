@@ -18,6 +18,7 @@ from collector.anchors import Anchors
 from collector.backfill import Backfill, Venue
 from collector.candles import Candles
 from collector.ledger import TRADE, Ledger
+from collector.listing import Listing
 from collector.liveness import Liveness
 from collector.plausibility import Plausibility
 from collector.polling import AFTER_SECONDS, Polling
@@ -138,6 +139,7 @@ class Collector:
     liveness: Liveness | None = None
     skew: ClockSkew | None = None
     polling: Polling | None = None
+    listing: Listing | None = None
     rate: Rate = field(default_factory=Rate)
 
     @property
@@ -289,6 +291,7 @@ async def run(process: Process) -> None:
         collector.candles = Candles(redis, sources.venues, sources.markets)
         collector.liveness = Liveness(redis, sources.venues, collector.last_seen, collector.renew)
         collector.skew = ClockSkew(sources.venues)
+        collector.listing = Listing(sources.venues)
         collector.polling = Polling(
             redis, sources.venues, collector.unreachable, publisher.put, collector.last_seen
         )
@@ -321,6 +324,7 @@ async def run(process: Process) -> None:
                     collector.skew.run(stop),
                     collector.liveness.run(stop),
                     collector.polling.run(stop),
+                    collector.listing.run(stop),
                 )
             )
             await stop.wait()
@@ -385,6 +389,8 @@ class Sources:
         for market in set(collector.last_seen).difference(traded):
             del collector.last_seen[market]
         collector.windows.broken(before - collector.markets)
+        if collector.listing is not None:
+            collector.listing.look_up(settings.markets)
         collector.connection_changed()
 
     def _look_after(self, markets: list[Market]) -> None:

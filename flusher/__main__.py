@@ -2,8 +2,12 @@
 
 import gc
 
-from flusher.service import run
-from sluice.lifecycle import run_service
+from sluice.signals import end_cleanly_when_told
+
+end_cleanly_when_told()  # before what takes a second to import
+
+from flusher.service import run  # noqa: E402  # see above
+from sluice.lifecycle import run_service  # noqa: E402  # see above
 
 if __name__ == "__main__":
     # A batch is some ten thousand tuples that live for a moment, none in a circle: by default the

@@ -16,7 +16,7 @@ from flusher.drain import AWAY_SECONDS, Drain
 from flusher.leases import RENEW_SECONDS, Leases
 from flusher.tables import TABLES
 from sluice.backoff import Backoff
-from sluice.connections import connect_postgres, connect_redis
+from sluice.connections import access_problem, connect_postgres, connect_redis
 from sluice.fitness import redis_is_fit
 from sluice.lifecycle import Fact, Process
 from sluice.metrics import counter, gauge
@@ -150,6 +150,8 @@ async def _look_at_servers(process: Process, redis: Redis) -> None:
             level, text = "ERROR", str(error)
         except Exception as error:  # noqa: BLE001  # whatever it is, a person may mend it
             level, text = "WARNING", f"PostgreSQL: {type(error).__name__}: {error}".rstrip(": ")
+            if problem := access_problem(error):
+                level, text = "ERROR", problem
         if text != told:
             logger.log(level, "{}; waiting for it, the queues keep everything", text)
         told = text

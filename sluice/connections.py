@@ -16,6 +16,7 @@ from redis.asyncio import (
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, NoPermissionError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -86,6 +87,15 @@ def connect_redis(settings: Settings, *, timeout: float = 5.0) -> Redis:
             **common,
         )
     return Redis.from_pool(pool)
+
+
+def access_problem(error: BaseException) -> str:
+    """Say which settings a server refuses, or nothing where that is not what is wrong."""
+    if isinstance(error, AuthenticationError | NoPermissionError):
+        return f"REDIS_USERNAME, REDIS_PASSWORD: Redis refuses them: {error}"
+    if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
+        return f"POSTGRES_USER, POSTGRES_PASSWORD: PostgreSQL refuses them: {error}"
+    return ""
 
 
 def postgres_arguments(settings: Settings) -> dict[str, Any]:

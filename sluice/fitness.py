@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from sluice.backoff import Backoff
+from sluice.connections import access_problem
 from sluice.metrics import Health
 from sluice.settings import BadSettingsError, Settings
 from sluice.spool import Spool
@@ -25,6 +26,7 @@ async def redis_is_fit(redis: Redis, health: Health) -> None:
     """
     health.wait_for("redis", "not reached yet")
     backoff = Backoff(first=0.2, most=5.0)
+    told = None
     while True:
         try:
             server = await redis.info("server")
@@ -32,9 +34,14 @@ async def redis_is_fit(redis: Redis, health: Health) -> None:
             persistence = await redis.info("persistence")
             break
         except (RedisError, OSError) as error:
-            if backoff.failures == 0:
-                logger.warning("Redis does not answer ({}); waiting for it", error)
-            health.wait_for("redis", str(error))
+            problem = access_problem(error)
+            if problem != told:
+                if problem:
+                    logger.error("{}; waiting for it", problem)
+                else:
+                    logger.warning("Redis does not answer ({}); waiting for it", error)
+            told = problem
+            health.wait_for("redis", problem or str(error))
             await asyncio.sleep(backoff.next_delay())
     version = str(server["redis_version"])
     if int(version.split(".", maxsplit=1)[0]) < LEAST_REDIS:

@@ -1,7 +1,7 @@
 """How a venue's REST service is asked: within the budget, within bounds, and never redirected."""
 
 import aiohttp
-from aiohttp_socks import ProxyConnector
+from aiohttp_socks import ProxyConnector, ProxyError
 from yarl import URL
 
 from sluice import failpoints
@@ -65,7 +65,7 @@ class RestClient:
             ) as response:
                 await failpoints.reach("rest.answered")
                 body = await _read(response)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, ProxyError, OSError, ValueError) as error:
             self.failures += 1
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             raise RestError(f"{request.path}: no answer ({reason})") from error

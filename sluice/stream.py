@@ -147,6 +147,8 @@ class Stream:
         self._renew = asyncio.Event()
         self._renew_reason = ""
         self._changed = asyncio.Event()
+        self._refusal = ""
+        """Why the last attempt to connect failed, as it was logged."""
         self._request_id = 0
 
     @property
@@ -259,8 +261,13 @@ class Stream:
         except (OSError, WebSocketException) as error:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             self.counts.disconnects["not connected"] += 1
-            logger.warning("{}: no socket ({}); trying again", self.name, reason)
+            if reason != self._refusal:
+                logger.warning("{}: no socket ({}); trying until there is one", self.name, reason)
+            self._refusal = reason
             return None
+        if self._refusal:
+            logger.info("{}: there is a socket again", self.name)
+            self._refusal = ""
         session = _Session(socket, set(channels))
         self.counts.connects += 1
         if self._session is None:

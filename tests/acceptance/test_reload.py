@@ -72,9 +72,13 @@ def test_a_collector_takes_up_and_lays_down_markets_and_streams(started: Process
 
     write(started)
     reload(started, "collector", "not reloaded, the old settings stay: SYMBOLS is not set")
-    write(started, "BTCUSDT", "ETHUSDT", STREAMS="trade", SPOOL_MAX_MB="7", DEAD_MAX="7")
+    write(started, "BTCUSDT", "ETHUSDT", "BTCUSTD", STREAMS="trade", SPOOL_MAX_MB="7", DEAD_MAX="7")
     reload(started, "collector", "SPOOL_MAX_MB needs a restart")
     assert "DEAD_MAX" not in started.log("collector")
+    wait_until(
+        lambda: "lists no such market (did you mean BTCUSDT?)" in started.log("collector"),
+        "the misspelt one is named",
+    )
     check.wait_for_more()
     check.stop_the_market()
     assert started.terminate("collector") == 0

@@ -2,14 +2,19 @@
 
 import asyncio
 
+import asyncpg
 import pytest
+from loguru import logger
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from sluice.connections import connect_redis
+from sluice.connections import access_problem, connect_redis
+from sluice.fitness import redis_is_fit
+from sluice.metrics import Health
 from sluice.settings import Settings
 from tests.faults.framing import RedisDialogue
 from tests.faults.proxy import Proxy
+from tests.faults.waiting import eventually
 
 
 async def test_a_cancellation_is_never_lost_at_whatever_turn_it_comes(
@@ -54,3 +59,35 @@ async def test_a_command_whose_reply_is_lost_is_sent_once(
                 await client.incr("sent")
     assert proxy.counts.lost_replies == 1
     assert await redis.get("sent") == b"1"
+
+
+async def test_a_wrong_password_is_an_error_once_and_names_the_variable(
+    redis_environment: dict[str, str],
+) -> None:
+    values = {name.lower(): value for name, value in redis_environment.items()}
+    wrong = {"redis_username": "nobody", "redis_password": "wrong"}
+    said: list[tuple[str, str]] = []
+    sink = logger.add(
+        lambda message: said.append((message.record["level"].name, message.record["message"]))
+    )
+    health = Health()
+    try:
+        async with connect_redis(Settings.model_validate(values | wrong)) as redis:
+            looking = asyncio.create_task(redis_is_fit(redis, health))
+            await eventually(lambda: bool(said))
+            await asyncio.sleep(0.5)  # a second attempt says nothing
+            looking.cancel()
+            await asyncio.wait([looking])
+    finally:
+        logger.remove(sink)
+    ((level, text),) = said
+    assert level == "ERROR"
+    assert text.startswith("REDIS_USERNAME, REDIS_PASSWORD: Redis refuses them")
+    assert "wrong" not in text.replace("WRONGPASS", "")
+    assert "REDIS_PASSWORD" in health.reasons_for("redis")
+
+
+def test_a_wrong_password_of_postgresql_names_the_variable() -> None:
+    error = asyncpg.InvalidPasswordError('password authentication failed for user "sluice"')
+    assert access_problem(error).startswith("POSTGRES_USER, POSTGRES_PASSWORD: PostgreSQL refuses")
+    assert not access_problem(ConnectionRefusedError("no"))

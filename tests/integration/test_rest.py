@@ -17,6 +17,7 @@ from sluice.exchanges.base import Request
 from sluice.queue import budget_key
 from sluice.rest import RestClient, RestError
 from sluice.settings import Settings
+from tests.proxies import socks_proxy
 from tests.served import Answer, served
 
 VENUE = EXCHANGES["simulator"]
@@ -154,31 +155,6 @@ async def test_an_http_proxy_is_used(redis: Redis) -> None:
     assert asked == ["http://venue.invalid/api/v3/depth?symbol=BTCUSDT&limit=5"]
 
 
-@asynccontextmanager
-async def socks_proxy() -> AsyncIterator[str]:
-    """A SOCKS 5 proxy without authentication, as RFC 1928 has it, for IPv4 destinations."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        _, methods = await reader.readexactly(2)
-        await reader.readexactly(methods)
-        writer.write(b"\x05\x00")
-        request = await reader.readexactly(10)
-        host = ".".join(str(byte) for byte in request[4:8])
-        port = int.from_bytes(request[8:10])
-        there_reader, there_writer = await asyncio.open_connection(host, port)
-        writer.write(b"\x05\x00\x00\x01" + bytes(6))
-        await asyncio.gather(_copy(reader, there_writer), _copy(there_reader, writer))
-
-    async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield f"socks5://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
 async def test_a_socks_proxy_is_used(redis: Redis) -> None:
     async def answer(_: web.Request) -> web.Response:
         return web.Response(body=b"through", headers={"Connection": "close"})
@@ -189,3 +165,12 @@ async def test_a_socks_proxy_is_used(redis: Redis) -> None:
         asking(redis, url, proxy) as client,
     ):
         assert await client.get(REQUEST, Priority.LIVE_IMAGE) == b"through"
+
+
+async def test_a_socks_proxy_that_refuses_is_no_answer(redis: Redis) -> None:
+    async with (
+        socks_proxy(refusal=5) as proxy,
+        asking(redis, "http://127.0.0.1:1", proxy) as client,
+    ):
+        with pytest.raises(RestError, match="no answer"):
+            await client.get(REQUEST, Priority.LIVE_IMAGE)

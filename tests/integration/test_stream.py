@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
+from loguru import logger
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -16,6 +17,7 @@ from sluice import stream as module
 from sluice.exchanges import EXCHANGES
 from sluice.stream import ConnectGate, Stream, split
 from tests.faults.waiting import eventually
+from tests.proxies import Asked, http_proxy, socks_proxy
 
 VENUE = EXCHANGES["simulator"]
 CHANNELS = ["btcusdt@trade"]
@@ -91,7 +93,7 @@ class Client:
 
     @asynccontextmanager
     async def running(
-        self, venue: Venue, channels: list[str] | None = None
+        self, venue: Venue, channels: list[str] | None = None, proxy: str | None = None
     ) -> AsyncIterator["Client"]:
         self.stream = Stream(
             VENUE,
@@ -101,6 +103,7 @@ class Client:
             gate=ConnectGate(VENUE),
             on_connected=lambda: self.events.append("connected"),
             on_disconnected=self.events.append,
+            proxy=proxy,
         )
         stop = asyncio.Event()
         task = asyncio.create_task(self.stream.run(stop))
@@ -178,6 +181,75 @@ async def test_a_refused_handshake_is_tried_again() -> None:
         await eventually(lambda: bool(client.frames))
         assert client.stream.counts.disconnects == {"not connected": 2}
         assert client.stream.counts.connects == 1
+
+
+async def test_a_refusal_is_told_once_and_so_is_its_end() -> None:
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(message.record["message"]))
+    try:
+        async with Venue(refusals=3).serving() as venue, Client().running(venue) as client:
+            await eventually(lambda: bool(client.frames))
+            assert client.stream.counts.disconnects == {"not connected": 3}
+    finally:
+        logger.remove(sink)
+    told = [line for line in said if "socket" in line]
+    assert len(told) == 2
+    assert "no socket (InvalidStatus" in told[0]
+    assert "there is a socket again" in told[1]
+
+
+@pytest.mark.parametrize("kind", ["http", "socks"])
+async def test_a_proxy_is_used(kind: str) -> None:
+    asked: Asked = []
+    through = http_proxy(asked) if kind == "http" else socks_proxy(asked)
+    async with (
+        Venue().serving() as venue,
+        through as proxy,
+        Client().running(venue, proxy=proxy) as client,
+    ):
+        await eventually(lambda: bool(client.frames))
+        assert asked == [("127.0.0.1", int(venue.url.rpartition(":")[2]))]
+
+
+async def test_a_proxy_that_refuses_is_tried_again() -> None:
+    asked: Asked = []
+    async with (
+        Venue().serving() as venue,
+        socks_proxy(asked, refusal=5) as proxy,
+        Client().running(venue, proxy=proxy) as client,
+    ):
+        await eventually(lambda: len(asked) >= 2)
+        assert client.stream.counts.disconnects["not connected"] >= 1
+
+
+async def test_channels_are_added_and_dropped_on_the_open_socket() -> None:
+    async with Venue().serving() as venue, Client().running(venue) as client:
+        await eventually(lambda: client.hellos == [1])
+        client.stream.carry(["ethusdt@trade", "solusdt@trade"])
+        assert not client.stream.is_carrying
+        await eventually(lambda: client.stream.is_carrying)
+        await eventually(lambda: len(venue.asked) == 2)
+        assert [(each["method"], each["params"]) for each in venue.asked] == [
+            ("SUBSCRIBE", ["ethusdt@trade", "solusdt@trade"]),
+            ("UNSUBSCRIBE", CHANNELS),
+        ]
+        await venue.open[1].close()
+        await eventually(lambda: client.hellos == [1, 2])
+    assert venue.paths[1] == "/stream?streams=ethusdt@trade/solusdt@trade"
+
+
+async def test_a_socket_without_room_is_renewed_for_its_new_channels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(type(VENUE), "streams_per_socket", 1)
+    async with Venue().serving() as venue, Client().running(venue) as client:
+        await eventually(lambda: client.hellos == [1])
+        client.stream.carry(["ethusdt@trade"])
+        await eventually(lambda: list(venue.open) == [2])
+        assert client.stream.is_carrying
+        assert client.events == ["connected"]
+    assert venue.asked == []
+    assert venue.paths[1] == "/stream?streams=ethusdt@trade"
 
 
 async def test_a_connection_that_is_cut_is_named_so() -> None:
