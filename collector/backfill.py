@@ -367,6 +367,7 @@ class Backfill:
             trades += [rest.trade] if rest.trade else []
             merged += [(part, aggregate.trade_id) for part in rest.merged]
         await self._queue.push([], [Segment(ledger.field, row.first, row.last) for row in held])
+        await failpoints.reach("backfill.held_told")
         if trades:
             for gap in await ledger.open_gaps():
                 if any(touches(gap, *_span(trade)) for trade in trades):

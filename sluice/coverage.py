@@ -123,7 +123,8 @@ class Coverage:
             await self._cover(keys=[self._notes_key], args=pairs)
             await failpoints.reach("coverage.noted")
             for market, ts in ready.items():
-                if self._until[market] == ts:
+                # Another flush, the last one of all, may have noted it meanwhile.
+                if self._until.get(market) == ts:
                     del self._until[market]
 
     async def _judge(self, returns: list[Return]) -> None:

@@ -55,6 +55,7 @@ POINTS: Final = frozenset(
         "backfill.released",
         "backfill.work_counted",
         "backfill.page_read",
+        "backfill.held_told",
         "backfill.page_pushed",
         "candles.windows_read",
         "candles.leased",

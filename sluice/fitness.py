@@ -1,6 +1,7 @@
 """What Redis and the disk must be like before data is trusted to them."""
 
 import asyncio
+import errno
 import sqlite3
 
 from loguru import logger
@@ -61,11 +62,27 @@ async def redis_is_fit(redis: Redis, health: Health) -> None:
 
 
 def spool_is_fit(settings: Settings) -> None:
-    """Make sure that records can wait on the disk; raises BadSettingsError."""
+    """Make sure that records can wait on the disk; raises BadSettingsError.
+
+    A full disk is an ERROR and no more: a process that does not start records nothing at all.
+    """
     try:
         Spool.create(settings.spool_dir, settings.spool_max_mb * 2**20).close()
     except (OSError, sqlite3.Error) as error:
+        if _is_full(error):
+            logger.error(
+                "SPOOL_DIR: the disk of {} is full: what Redis does not take is lost until there "
+                "is room; free some",
+                settings.spool_dir,
+            )
+            return
         raise BadSettingsError(
             f"SPOOL_DIR: {settings.spool_dir} can not be written to ({error}); records wait there "
             "while Redis is away"
         ) from error
+
+
+def _is_full(error: OSError | sqlite3.Error) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL

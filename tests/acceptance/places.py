@@ -95,6 +95,7 @@ PLACES: Final[dict[str, Place]] = {
     "anchors.orphan_read": Place("repairs", "forgotten gaps"),
     "ledger.gap_adopted": Place("repairs", "forgotten gaps"),
     "backfill.lease_extended": Place("repairs", "retired gaps"),
+    "backfill.held_told": Place("repairs", "retired gaps"),
     "aggregates.ends_connected": Place("repairs", "retired gaps"),
     "aggregates.market_read": Place("repairs", "retired gaps"),
     "aggregates.ends_read": Place("repairs", "retired gaps"),

@@ -25,6 +25,7 @@ from redis.exceptions import (
 
 from sluice.cli.servers import PostgresServer, RedisServer
 from sluice.connections import connect_redis
+from sluice.fitness import spool_is_fit
 from sluice.settings import Settings
 from tests.faults import postgres_faults, redis_faults
 from tests.faults.disk import filled, small_file_system
@@ -659,3 +660,30 @@ async def test_a_postgres_on_a_full_disk_refuses_rows_until_there_is_room(
             assert await session.fetchval("SELECT count(*) FROM facts") == 20000
     finally:
         server.kill()
+
+
+def test_a_full_disk_keeps_no_process_from_starting(tmp_path: Path) -> None:
+    with small_file_system(tmp_path, 1):
+        settings = Settings(_env_file=None, spool_dir=tmp_path / "spool")
+        with filled(tmp_path):
+            spool_is_fit(settings)
+        spool_is_fit(settings)
+
+
+async def test_a_refusing_proxy_refuses_new_connections_and_takes_them_again() -> None:
+    async with Echo().serve() as port, Proxy("127.0.0.1", port) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(b"a")
+        assert await reader.readexactly(1) == b"a"
+        async with proxy.refusing() as ended:
+            assert ended == 1
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(b"b")
+        assert await reader.readexactly(1) == b"b"
+        writer.close()
+        await writer.wait_closed()
