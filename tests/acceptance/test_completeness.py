@@ -8,19 +8,27 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
+import asyncpg
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from sluice.cli.servers import RedisServer
+from sluice.cli.servers import RedisServer, free_port
 from sluice.clock import now_micros
 from sluice.queue import RecordQueue
 from tests.acceptance.completeness import account, complete, fresh
 from tests.acceptance.processes import CEILING, Processes, processes
+from tests.acceptance.test_collector import page
 from tests.faults import redis_faults
 from tests.servers import Database
 
+INGEST_PAUSE = """
+SELECT max(pause) FROM (
+    SELECT received_at - lag(received_at) OVER (ORDER BY received_at) AS pause
+    FROM trades WHERE received_at > to_timestamp($1::float8)
+) AS pauses
+"""
 SYMBOLS = ["BTCUSDT", "ETHUSDT"]
 MARKETS = ",".join(f"binance:{symbol}" for symbol in SYMBOLS)
 SEEDS = range(1, 1 + int(os.environ.get("SEEDS", "2")))
@@ -238,13 +246,19 @@ async def test_without_sockets_the_trades_are_polled_until_there_are_sockets_aga
 async def test_a_deploy_under_load_leaves_no_gap_and_no_duplicate(
     pipeline: Processes, postgres: Database, redis: Redis
 ) -> None:
-    firsts = await begin(pipeline, postgres.dsn, rate=1000)
-    pipeline.start("collector", name="new")
-    await until(lambda: "Redis takes records" in pipeline.log("new"), "the new one to push")
-    await asyncio.sleep(2)
+    firsts = await begin(pipeline, postgres.dsn, rate=2000)
+    began, port = now_micros(), free_port()
+    pipeline.start("collector", name="new", METRICS_PORT=str(port))
+    await until(lambda: page(port, "readyz")[0] == 200, "the new one is ready")
     assert pipeline.terminate("collector") == 0
     await asyncio.sleep(1)
     await complete(postgres.dsn, pipeline, SYMBOLS, firsts)
     assert pipeline.terminate("new") == 0
     queue = RecordQueue(redis, "gap")
     assert (await queue.balance()).pushed == 0, "a gap row for a deploy"
+    connection = await asyncpg.connect(postgres.dsn)
+    try:
+        pause = await connection.fetchval(INGEST_PAUSE, began / 1e6)
+    finally:
+        await connection.close()
+    print(f"ingest pause of the deploy: {pause.total_seconds():.3f} s")

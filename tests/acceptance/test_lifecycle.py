@@ -146,6 +146,27 @@ def test_what_does_not_even_hear_its_cancellation_is_ended_and_called_a_bug(
     assert "a bug" in log
 
 
+def test_a_stop_before_the_loop_runs_is_a_clean_exit(tmp_path: Path) -> None:
+    importing = (
+        "import time\nfrom sluice.signals import end_cleanly_when_told\n"
+        "end_cleanly_when_told()\nprint(flush=True)\ntime.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", importing],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(CEILING) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_second_signal_ends_the_wait(notifications: Notifications, tmp_path: Path) -> None:
     with running(notifications, "stubborn", tmp_path, DRAIN_SECONDS="500") as process:
         notifications.wait_for("READY=1")
