@@ -1,12 +1,14 @@
 """The windows of a stream that no process covered."""
 
+import asyncio
+
 import msgspec
 import pytest
 from redis.asyncio import Redis
 
 from sluice import coverage, records
 from sluice.coverage import Coverage, Return, missed_window
-from sluice.queue import BOOKS_COVERED, STREAMS_COVERED, WINDOWS, RecordQueue
+from sluice.queue import BOOKS_COVERED, STREAMS_COVERED, WINDOWS, RecordQueue, head_field
 from sluice.records import Gap
 from sluice.settings import Market
 
@@ -121,3 +123,11 @@ async def test_a_window_that_can_be_refilled_is_kept_for_whoever_does(redis: Red
     gap = msgspec.json.decode(kept[b"simulator:BTCUSDT:kline_1m:50"], type=Gap)
     assert (gap.channel, gap.status, gap.ts_closed) == ("kline_1m", "open", None)
     assert await redis.hgetall(STREAMS_COVERED) == {b"simulator:BTCUSDT:kline_1m": b"85"}
+
+
+async def test_the_last_flush_may_meet_another_one(redis: Redis) -> None:
+    books = Books(redis)
+    books.coverage.covers(MARKET, 50)
+    await asyncio.gather(books.coverage.flush(), books.coverage.flush(is_final=True))
+    field = head_field(MARKET.exchange, MARKET.symbol, "depth")
+    assert await redis.hget(BOOKS_COVERED, field) == b"50"
