@@ -152,6 +152,7 @@ class Publisher:
         self._adopted: list[Spool] = []
         self._shed_windows: dict[tuple[str, str, str], tuple[int, int]] = {}
         self._shed_gaps: deque[Gap] = deque(maxlen=KEPT_GAPS)
+        self._shed_untold: Counter[str] = Counter()
         self._shed_logged_at = -math.inf
         self._backoff = Backoff(first=0.1, most=5.0)
         self._retry_at = 0.0
@@ -384,6 +385,7 @@ class Publisher:
     def _shed(self, kind: str, shed: list[Record], why: str) -> None:
         """Drop what nobody can hold, and remember what it was."""
         self.counts.shed += len(shed)
+        self._shed_untold[kind] += len(shed)
         if time.monotonic() >= self._shed_logged_at + SHED_LOG_SECONDS:
             self._shed_logged_at = time.monotonic()
             logger.error(
@@ -495,6 +497,7 @@ class Publisher:
             await failpoints.reach("publisher.redis_asked")
             await self._compare_heads()
             await self._keep_bad_frames()
+            await self._tell_shed()
         except (RedisError, OSError) as error:
             self._postpone(error)
             return
@@ -523,6 +526,12 @@ class Publisher:
             )
             await self._queue("trade", 0).push([], behind)
             await failpoints.reach("publisher.holes_pushed")
+
+    async def _tell_shed(self) -> None:
+        for kind, count in list(self._shed_untold.items()):
+            await self._queue(kind, 0).note_shed(count)
+            self._shed_untold[kind] -= count
+        self._shed_untold = +self._shed_untold
 
     async def _keep_bad_frames(self) -> None:
         if self._bad_frames:

@@ -380,6 +380,14 @@ class RecordQueue:
         item = await self._redis.lindex(self.key, 0)
         return item if isinstance(item, bytes) else None
 
+    async def note_shed(self, count: int) -> None:
+        """Count records that were lost before they could be pushed, in the durable counters."""
+        await self._redis.hincrby(self._counters_key, "shed", count)
+
+    async def shed(self) -> int:
+        """Read how many records were lost before they could be pushed."""
+        return int(await self._redis.hget(self._counters_key, "shed") or 0)
+
     async def dead_length(self) -> int:
         """Count the letters that wait for a person."""
         return await self._redis.llen(self.dead_key)

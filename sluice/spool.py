@@ -10,7 +10,9 @@ import fcntl
 import os
 import sqlite3
 import uuid
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -175,3 +177,19 @@ def adopt(directory: Path, max_bytes: int) -> list[Spool]:
             )
             path.replace(path.with_name(path.name + ".broken"))
     return adopted
+
+
+def waiting(directory: Path) -> Counter[str]:
+    """Count the records that wait under a directory, by the name of their list, and lock nothing.
+
+    What a file's writer is about to delete, or can not be read, counts for nothing.
+    """
+    found: Counter[str] = Counter()
+    for path in directory.glob(f"*{_SUFFIX}"):
+        with (
+            suppress(sqlite3.Error),
+            closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database,
+        ):
+            names = database.execute("SELECT kind, sum(records) FROM batches GROUP BY kind")
+            found.update(dict(names.fetchall()))
+    return found

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -10,12 +11,21 @@ from redis.asyncio import Redis
 
 from sluice.cli.output import EXIT_UNEXPLAINED, Json, run, show
 from sluice.clock import MICROS_PER_SECOND, now_micros
-from sluice.connections import connect_redis
-from sluice.queue import Balance, RecordQueue, find_queues, parse_queue_name
+from sluice.connections import connect_postgres, connect_redis
+from sluice.queue import Balance, RecordQueue, balance_of, find_queues, parse_queue_name
 from sluice.records import KINDS, Record, RejectedRecordError, TooNewError, decode
 from sluice.settings import Settings
+from sluice.spool import waiting
 
 RATE_SECONDS: Final = 1.0
+_ROWS: Final = {
+    "trade": "SELECT count(*) FROM trades",
+    "orderbook_snapshot": "SELECT count(*) FROM orderbook_snapshots",
+    "kline": "SELECT count(*) FROM klines",
+    "ticker": "SELECT count(*) FROM tickers",
+    "gap": "SELECT count(*) FROM gaps",
+    "book_audit": "SELECT count(*) FROM book_audits",
+}
 Name = Annotated[
     str,
     typer.Argument(
@@ -27,11 +37,26 @@ app = typer.Typer(invoke_without_command=True, help="Show the queues; `peek` sho
 
 
 @app.callback()
-def queues(context: typer.Context, *, as_json: Json = False) -> None:
+def queues(
+    context: typer.Context,
+    *,
+    is_sql: Annotated[
+        bool, typer.Option("--sql", help="Compare with the rows of the tables; counts them all.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show each queue: depth, bytes, age of the oldest record, rates, time to drain, balance.
 
-    `in` and `out` are records a second over one second. Exit code 1 where a balance is not exact
-    or letters are dead; 3 when Redis can not be reached.
+    `in` and `out` are records a second over one second. `pushed`, `acked`, `dead` and `shed` count
+    since the start of this Redis; `is_exact` says that pushed = acked + dead + depth. `spooled` is
+    what waits in SPOOL_DIR here, `shed` what was lost before it could be pushed, and `letters` the
+    dead letters that are still there. So what ever came is pushed + spooled + shed.
+
+    With --sql it shows the accounts of each kind: `duplicates` is acked less rows, at rest, as long
+    as no rows were dropped. A gap that is told again counts as one.
+
+    Exit code 1 where a balance is not exact or letters are dead; 3 when a server can not be
+    reached.
     """
     if context.invoked_subcommand is not None:
         return
@@ -39,13 +64,16 @@ def queues(context: typer.Context, *, as_json: Json = False) -> None:
     async def work(settings: Settings) -> list[dict[str, Any]]:
         redis = connect_redis(settings)
         try:
-            return await survey(redis)
+            spooled = await asyncio.to_thread(waiting, settings.spool_dir)
+            if is_sql:
+                return await accounts(redis, settings, spooled)
+            return await survey(redis, spooled)
         finally:
             await redis.aclose()
 
     rows = run(work)
     show(rows, as_json=as_json, empty="no queues")
-    if any(row["dead"] or not row["is_exact"] for row in rows):
+    if any(row["letters"] or not row["is_exact"] for row in rows):
         raise typer.Exit(EXIT_UNEXPLAINED)
 
 
@@ -81,19 +109,49 @@ def parse_name(name: str) -> tuple[str, int]:
     return kind, shard
 
 
-async def survey(redis: Redis) -> list[dict[str, Any]]:
+async def accounts(redis: Redis, settings: Settings, spooled: Counter[str]) -> list[dict[str, Any]]:
+    """Give a row a kind: what became of its records, and the rows there are of them."""
+    connection = await connect_postgres(settings)
+    try:
+        found = []
+        for kind in KINDS:
+            # Rows first: what was stored by then and is acked later is no negative duplicate.
+            rows = await connection.fetchval(_ROWS[kind], timeout=600)
+            queues = await find_queues(redis, [kind])
+            balance = await balance_of(redis, kind)
+            found.append(
+                {
+                    "queue": kind,
+                    "pushed": balance.pushed,
+                    "acked": balance.acked,
+                    "dead": balance.dead,
+                    "depth": balance.length,
+                    "spooled": sum(spooled[queue.name] for queue in queues),
+                    "shed": sum([await queue.shed() for queue in queues]),
+                    "rows": rows,
+                    "duplicates": balance.acked - rows,
+                    "letters": sum([await queue.dead_length() for queue in queues]),
+                    "is_exact": balance.is_exact,
+                }
+            )
+        return found
+    finally:
+        await connection.close()
+
+
+async def survey(redis: Redis, spooled: Counter[str]) -> list[dict[str, Any]]:
     """Look at every queue twice, a second apart; gives a row each. Raises redis' errors."""
     found = await find_queues(redis, KINDS)
     began = time.monotonic()
     before = [await queue.balance() for queue in found]
     await asyncio.sleep(RATE_SECONDS)
     return [
-        await _row(queue, earlier, time.monotonic() - began)
+        await _row(queue, earlier, time.monotonic() - began, spooled[queue.name])
         for queue, earlier in zip(found, before, strict=True)
     ]
 
 
-async def _row(queue: RecordQueue, before: Balance, seconds: float) -> dict[str, Any]:
+async def _row(queue: RecordQueue, before: Balance, seconds: float, spooled: int) -> dict[str, Any]:
     balance = await queue.balance()
     oldest = await queue.head_item()
     incoming = (balance.pushed - before.pushed) / seconds
@@ -109,7 +167,10 @@ async def _row(queue: RecordQueue, before: Balance, seconds: float) -> dict[str,
         "drained_in_s": round(balance.length / shrinking) if shrinking > 0 else None,
         "pushed": balance.pushed,
         "acked": balance.acked,
-        "dead": await queue.dead_length(),
+        "dead": balance.dead,
+        "spooled": spooled,
+        "shed": await queue.shed(),
+        "letters": await queue.dead_length(),
         "is_exact": balance.is_exact,
     }
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from redis.asyncio import Redis
 from sluice import records
 from sluice.queue import RecordQueue
 from sluice.records import Trade
+from sluice.spool import Batch, Spool
 from tests.served import served
 from tests.servers import Database, execute
 
@@ -56,6 +58,33 @@ async def test_queues_shows_depth_and_balance_and_peek_names_the_fields(
     peeked = json.loads(sluice(redis_environment, "queues", "peek", "trade", "--json").stdout)
     assert [entry["trade_id"] for entry in peeked] == [1, 2]
     assert await RecordQueue(redis, "trade").length() == 2
+
+
+async def test_queues_accounts_for_everything_on_every_list_on_the_disk_and_in_the_table(
+    redis: Redis, redis_environment: dict[str, str], postgres: Database, tmp_path: Path
+) -> None:
+    execute(postgres, FILL, "DELETE FROM trades WHERE trade_id > 3")
+    first, second = RecordQueue(redis, "trade"), RecordQueue(redis, "trade", 1)
+    await first.push([trade(1), trade(2), trade(3), trade(3)])
+    await first.ack(await first.claim(10, 10_000), dead_max=1)
+    await second.push([trade(4), trade(5)])
+    letter = json.dumps({"queue": "trade:1", "reason": "no", "time": 1, "raw": "[]"}).encode()
+    await second.ack(await second.claim(1, 10_000), [letter], dead_max=1)
+    await first.note_shed(7)
+    with closing(Spool.create(tmp_path, 2**20)) as spool:
+        spool.append(Batch("trade", [trade(6)], shard=1))
+        environment = {**redis_environment, **postgres.environment, "SPOOL_DIR": str(tmp_path)}
+        shown = sluice(environment, "queues", "--json", code=1)
+        told = sluice(environment, "queues", "--sql", "--json", code=1)
+    lists = {row["queue"]: row for row in json.loads(shown.stdout)}
+    names = ("pushed", "acked", "dead", "depth", "spooled", "shed", "letters")
+    assert [lists["trade"][name] for name in names] == [4, 4, 0, 0, 0, 7, 0]
+    assert [lists["trade:1"][name] for name in names] == [2, 0, 1, 1, 1, 0, 1]
+    (row,) = [row for row in json.loads(told.stdout) if row["queue"] == "trade"]
+    assert [row[name] for name in names] == [6, 4, 1, 1, 1, 7, 1]
+    assert (row["rows"], row["duplicates"], row["is_exact"]) == (3, 1, True)
+    sluice(environment, "dead", "retry", "trade:1")
+    assert await redis.lrange(second.key, 0, -1) == [trade(5), b"[]"]
 
 
 async def test_dead_letters_are_listed_retried_edited_and_dropped_one_by_one(
