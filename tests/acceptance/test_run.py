@@ -218,7 +218,7 @@ def test_a_terminal_has_a_live_screen_and_its_interrupt_drains(directory: Path) 
 
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     assert os.waitstatus_to_exitcode(status) == 0, text
-    assert re.search(r"market +last +change +trades/s +bid +ask +spread bps +book", text)
+    assert re.search(r"market +last +change +trades/s +bid +ask +bps +book", text)
     assert re.search(r"queue +depth +oldest +dead", text)
     assert "left in the queues: trade 0" in text
 
