@@ -214,8 +214,11 @@ class Backfill:
         """
         if hole.first <= (last := self._unserved_until[ledger.field]):
             ids = (hole.first, min(hole.last, last))
-            if await self._from_aggregates(ids, gap, ledger, attempts) != []:
+            left = await self._from_aggregates(ids, gap, ledger, attempts)
+            if left != [] or hole in await ledger.holes():
+                # The raw trades are asked for after all, but not at once.
                 del self._unserved_until[ledger.field]
+                self._postpone(gap, attempts)
             return
         venue = self._venues[ledger.market.exchange]
         symbol, size = ledger.market.symbol, venue.exchange.history_page
