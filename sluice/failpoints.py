@@ -77,6 +77,7 @@ POINTS: Final = frozenset(
         "leases.holders_read",
         "leases.dead_forgotten",
         "publisher.queues_found",
+        "publisher.shed_noted",
         "candles.page_read",
         "candles.page_pushed",
         "ledger.holes_asked",

@@ -530,6 +530,7 @@ class Publisher:
     async def _tell_shed(self) -> None:
         for kind, count in list(self._shed_untold.items()):
             await self._queue(kind, 0).note_shed(count)
+            await failpoints.reach("publisher.shed_noted")
             self._shed_untold[kind] -= count
         self._shed_untold = +self._shed_untold
 

@@ -116,8 +116,9 @@ PLACES: Final[dict[str, Place]] = {
     "coverage.windows_pushed": Place("books"),
     "stream.pinged": Place("books", "quiet books"),
     "leases.holders_read": Place("stores"),
-    "leases.dead_forgotten": Place("stores"),
     "leases.shared": Place("stores"),
+    # The one before died with its name told.
+    "leases.dead_forgotten": Place("stores"),
     "writer.connected": Place("stores"),
     "writer.made_durable": Place("stores"),
     "writer.staged": Place("stores"),
@@ -141,6 +142,7 @@ PLACES: Final[dict[str, Place]] = {
 UNREACHED: Final = {
     "candles.absence_pushed": "it takes an exchange that has only some candles of a window",
     "anchors.window_adopted": "it takes a Redis that forgets a window while it is refilled",
+    "publisher.shed_noted": "it takes a spool that is full while Redis refuses; chaos fills both",
     "leases.released": "it comes only when the process is told to end",
     "candles.filled_noted": "it takes a window of more candles than a page holds",
 }
