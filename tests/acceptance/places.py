@@ -14,7 +14,7 @@ import asyncpg
 from redis.asyncio import Redis
 
 from collector.ledger import gaps_key
-from sluice.queue import HEADS, RecordQueue, head_field, holes_key
+from sluice.queue import HEADS, UNANCHORED, RecordQueue, head_field, holes_key
 from tests.acceptance.processes import Processes
 from tests.faults import redis_faults
 from tests.integration.flusher_rig import trade
@@ -240,7 +240,12 @@ async def _withhold(around: Surroundings, then: Literal["hide", "retire"]) -> No
 
 
 async def _no_head(around: Surroundings) -> None:
-    await around.redis.hdel(HEADS, head_field("binance", REPAIRED, "trade"))
+    field = head_field("binance", REPAIRED, "trade")
+    # In one step, and the note of an earlier loss too: that is how Redis forgets.
+    async with around.redis.pipeline(transaction=True) as pipeline:
+        pipeline.hdel(HEADS, field)
+        pipeline.hdel(UNANCHORED, field)
+        await pipeline.execute()
     await asyncio.sleep(1)
 
 
@@ -258,6 +263,7 @@ async def _forgotten_gaps(around: Surroundings) -> None:
         await connection.close()
     async with around.redis.pipeline(transaction=True) as pipeline:
         pipeline.hdel(HEADS, field)
+        pipeline.hdel(UNANCHORED, field)
         pipeline.delete(gaps_key(field), holes_key(field))
         await pipeline.execute()
     await asyncio.sleep(1)
