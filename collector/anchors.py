@@ -34,6 +34,8 @@ from sluice.settings import Settings
 
 POLL_SECONDS: Final = 1.0
 ORPHANS_SECONDS: Final = 30.0
+HOUR: Final = 3600 * MICROS_PER_SECOND
+"""The longest time that a venue answers one question about aggregates for."""
 
 _MISSING: Final = """
 WITH held AS (
@@ -250,8 +252,15 @@ class Anchors:
             return []
         venue = self._venues[ledger.market.exchange]
         symbol = ledger.market.symbol
-        since = now_micros() - int(hours * 3600 * MICROS_PER_SECOND)
-        request = venue.exchange.aggregates_request(symbol, since, since + 3600 * MICROS_PER_SECOND)
-        body = await venue.rest.get(request, Priority.BACKFILL)
-        trades = venue.exchange.read_aggregates(symbol, body, now_micros())
-        return [(trades[0].first_id, first - 1)] if trades and trades[0].first_id < first else []
+        now = now_micros()
+        since = now - int(hours * HOUR)
+        # A market may be younger than the hours, or without a trade in the first of them.
+        while since < now:
+            request = venue.exchange.aggregates_request(symbol, since, min(since + HOUR, now))
+            body = await venue.rest.get(request, Priority.BACKFILL)
+            trades = venue.exchange.read_aggregates(symbol, body, now_micros())
+            if trades:
+                low = trades[0].first_id
+                return [(low, first - 1)] if low < first else []
+            since += HOUR
+        return []
