@@ -121,15 +121,22 @@ class Spool:
         self.bytes += len(content)
 
     def oldest(self) -> tuple[int, Batch] | None:
-        """Give the oldest batch and its position, or None where there is none."""
+        """Give the oldest batch and its position, or None where there is none.
+
+        Raises:
+            sqlite3.DatabaseError: the file is damaged.
+        """
         row = self._database.execute(
             "SELECT position, kind, content FROM batches ORDER BY position LIMIT 1"
         ).fetchone()
         if row is None:
             return None
         position, name, content = row
-        kind, shard = parse_queue_name(name)
-        read = msgspec.msgpack.decode(content, type=_Content)
+        try:
+            kind, shard = parse_queue_name(name)
+            read = msgspec.msgpack.decode(content, type=_Content)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise sqlite3.DatabaseError(f"batch {position} is damaged: {error}") from error
         segments = [Segment(*segment) for segment in read.segments]
         return position, Batch(kind, read.items, segments, shard)
 
@@ -156,7 +163,8 @@ class Spool:
 def adopt(directory: Path, max_bytes: int) -> list[Spool]:
     """Open every file under a directory that no live process holds, oldest first.
 
-    A file that is no longer readable is set aside as `.broken`, and an ERROR says so.
+    A file that is no database any more is set aside as `.broken`, and an ERROR says so. One that
+    can not be opened now, on a full disk or without a free descriptor, stays for the next look.
     """
     try:
         files = sorted(directory.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
@@ -168,7 +176,9 @@ def adopt(directory: Path, max_bytes: int) -> list[Spool]:
             adopted.append(Spool(path, max_bytes))
         except BlockingIOError:
             continue
-        except (sqlite3.DatabaseError, OSError) as error:
+        except (sqlite3.OperationalError, OSError) as error:
+            logger.error("spool {}: can not be opened now ({}); it stays", path.name, error)
+        except sqlite3.DatabaseError as error:
             logger.error(
                 "spool {}: unreadable ({}); set aside as .broken, its records are lost unless "
                 "sqlite3 .recover reads them",

@@ -1,7 +1,9 @@
 """What the spool has taken comes back, in order, whoever died."""
 
+import errno
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +113,36 @@ def test_an_unreadable_file_is_set_aside_and_the_others_are_adopted(tmp_path: Pa
     assert drain(adopted) == [batch(1)]
     assert (tmp_path / "bad.spool.broken").exists()
     adopted.close()
+
+
+@pytest.mark.parametrize(
+    "error", [sqlite3.OperationalError("disk is full"), OSError(errno.EMFILE, "too many open")]
+)
+def test_a_file_that_can_not_be_opened_now_is_adopted_later(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool.create(tmp_path, MIB)
+    spool.append(batch(1))
+    spool.close()
+
+    def refuse(_: Spool) -> None:
+        raise error
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Spool, "_open", refuse)
+        assert adopt(tmp_path, MIB) == []
+    (adopted,) = adopt(tmp_path, MIB)
+    assert drain(adopted) == [batch(1)]
+    adopted.close()
+
+
+def test_a_damaged_batch_is_an_error_of_its_file(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path, MIB)
+    spool.append(batch(1))
+    spool._database.execute("UPDATE batches SET content = x'c1'")  # noqa: SLF001  # as a bad disk would
+    with pytest.raises(sqlite3.DatabaseError, match="damaged"):
+        spool.oldest()
+    spool.close()
 
 
 def test_a_directory_that_is_not_there_holds_no_spools(tmp_path: Path) -> None:
