@@ -167,6 +167,11 @@ class Collector:
                 self.windows.broken(markets)
                 stream.renew(reason)
 
+    def progress(self) -> None:
+        """Note that a socket got on; that is none while what it brings goes nowhere."""
+        if not self.publisher.is_stuck:
+            self.process.progress()
+
     def unreachable(self) -> list[Market]:
         """Name the markets whose trades have had no socket for long."""
         return [
@@ -453,7 +458,7 @@ class Sources:
             gate=self._gates[exchange.name],
             on_connected=collector.connection_changed,
             on_disconnected=lambda _: collector.disconnected(stream),
-            on_progress=collector.process.progress,
+            on_progress=collector.progress,
             proxy=proxy,
             rollover_at=settings.rollover_times,
             name=next(name for name in names if name not in used),

@@ -154,6 +154,11 @@ class Books:
         """How many books are provably in sync."""
         return sum(keeper.is_live for keeper in self.keepers.values())
 
+    def progress(self) -> None:
+        """Note that a socket got on; that is none while what it brings goes nowhere."""
+        if not self.publisher.is_stuck:
+            self.process.progress()
+
     def connection_changed(self) -> None:
         """Tell readiness how many sockets are open."""
         missing = sum(not stream.is_connected for stream in self.feeds)
@@ -507,7 +512,7 @@ class Venues:
             gate=venue.gate,
             on_connected=books.connection_changed,
             on_disconnected=disconnected,
-            on_progress=books.process.progress,
+            on_progress=books.progress,
             proxy=settings.proxy_url.get_secret_value() if settings.proxy_url else None,
             rollover_at=settings.rollover_times,
             name=next(name for name in names if name not in used),

@@ -49,6 +49,8 @@ MOST_BYTES_IN_BATCH: Final = 8 * 2**20
 MOST_BYTES_IN_MEMORY: Final = 256 * 2**20
 """What may wait while Redis or the disk takes its time; seconds of the busiest market."""
 CHECK_SECONDS: Final = 1.0
+STUCK_SECONDS: Final = 60.0
+"""Longer than any answer of Redis is waited for, and than a disk takes that works."""
 RESUMED_SHARE: Final = 0.9
 """Of QUEUE_MAX_MB: the queues must have shrunk to it before they are pushed to again."""
 ADOPT_SECONDS: Final = 60.0
@@ -158,11 +160,17 @@ class Publisher:
         self._retry_at = 0.0
         self._is_fit = False
         self._are_queues_full = False
+        self._turned_at = time.monotonic()
 
     @property
     def is_fit(self) -> bool:
         """Whether Redis took what it was last given."""
         return self._is_fit
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it has finished nothing for so long, not even a failed attempt, that it hangs."""
+        return time.monotonic() - self._turned_at > STUCK_SECONDS
 
     def unfitness(self) -> str:
         """Say why Redis takes no records now, or nothing where it does."""
@@ -261,6 +269,7 @@ class Publisher:
         check_at = adopt_at = 0.0
         try:
             while not stop.is_set():
+                self._turned_at = time.monotonic()
                 await self._wait_for_batch()
                 self._take()
                 await self._push_taken()

@@ -11,12 +11,14 @@ from prometheus_client.core import Metric
 from collector import service
 from collector.service import Collector, Intake, Rate
 from collector.windows import Windows
+from sluice import publisher as publisher_module
 from sluice.connections import connect_redis
 from sluice.exchanges import EXCHANGES
 from sluice.lifecycle import Process
 from sluice.publisher import Publisher
 from sluice.settings import Market, Settings
 from sluice.stream import ConnectGate, Stream
+from sluice.supervision import Supervisor
 
 VENUE = EXCHANGES["binance"]
 NOW = 1_790_000_000_500_000
@@ -149,3 +151,27 @@ def exposed(collector: Collector) -> str:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Scrape())
     return generate_latest(registry).decode()
+
+
+class NotedSupervisor(Supervisor):
+    """A service manager that counts what it is told of progress."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.noted = 0
+
+    def progress(self) -> None:
+        self.noted += 1
+
+
+def test_a_socket_that_gets_on_is_no_progress_while_the_publisher_hangs(
+    publisher: Publisher, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = NotedSupervisor()
+    process = Process("collector", Settings(), asyncio.Event(), supervisor=supervisor)
+    collector = Collector(process, publisher, windows)
+    collector.progress()
+    assert supervisor.noted == 1
+    monkeypatch.setattr(publisher_module, "STUCK_SECONDS", 0.0)
+    collector.progress()
+    assert supervisor.noted == 1
