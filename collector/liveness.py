@@ -99,10 +99,9 @@ class Liveness:
         silent_since = self._last_seen.get(market)
         if silent_since is None:
             return  # it was removed while another was asked about
-        body = await venue.rest.get(
-            venue.exchange.last_trade_request(market.symbol), Priority.BACKFILL
-        )
-        trades = venue.exchange.read_trades(market.symbol, body, now_micros())
+        request = venue.exchange.newest_request(market.symbol)
+        body = await venue.rest.get(request, Priority.BACKFILL)
+        trades = venue.exchange.read_aggregates(market.symbol, body, now_micros())
         if not trades:
             return
         newest = trades[-1].trade_id

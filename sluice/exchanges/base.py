@@ -158,6 +158,9 @@ class Exchange(Protocol):
     def read_image(self, symbol: str, limit: int, body: bytes) -> DepthImage:
         """Read a book image; raises BadFrameError."""
 
+    def newest_request(self, symbol: str) -> Request:
+        """Ask for the newest aggregate, the cheapest way to the newest id."""
+
     def last_trade_request(self, symbol: str, limit: int = 1) -> Request:
         """Ask for the newest trade, or the newest `limit` trades."""
 

@@ -473,6 +473,10 @@ class BinanceSpot:
         _check_levels(image.asks)
         return DepthImage(symbol, image.lastUpdateId, image.bids, image.asks, None, limit)
 
+    def newest_request(self, symbol: str) -> Request:
+        """Ask for the newest of aggTrades, at a sixth of what the newest of trades costs."""
+        return Request("/api/v3/aggTrades", {"symbol": symbol, "limit": "1"}, 4)
+
     def last_trade_request(self, symbol: str, limit: int = 1) -> Request:
         """Ask for the newest trades, at most 1000."""
         return Request("/api/v3/trades", {"symbol": symbol, "limit": str(limit)}, 25)

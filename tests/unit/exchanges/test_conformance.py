@@ -180,6 +180,7 @@ def test_its_facts_are_sound(name: str) -> None:
     json.loads(venue.list_subscriptions(9))
     for request in (
         *(venue.image_request(SYMBOL, limit) for limit in venue.image_limits),
+        venue.newest_request(SYMBOL),
         venue.last_trade_request(SYMBOL),
         venue.history_request(SYMBOL, 1, venue.history_page),
         venue.aggregates_request(SYMBOL, 0, TS_RECV),
@@ -189,3 +190,5 @@ def test_its_facts_are_sound(name: str) -> None:
     ):
         assert request.path.startswith("/")
         assert 0 < request.weight <= venue.weight_per_minute
+    # Hundreds of silent markets are asked about every minute, and leave most of it to the others.
+    assert 300 * venue.newest_request(SYMBOL).weight < venue.weight_per_minute / 2
