@@ -71,6 +71,11 @@ FROM gaps AS g JOIN markets AS m USING (market_id)
 WHERE g.status = 'open' AND g.from_id IS NULL AND g.channel LIKE 'kline\\_%'
 """
 
+_IS_RECORDED: Final = """
+SELECT EXISTS (SELECT FROM trades WHERE market_id = market($1, $2) AND trade_id < $3)
+"""
+"""Whether the table knows the market from before; what came since may be in it already."""
+
 _MISSING_WITHIN: Final = """
 SELECT before + 1 AS first, first_id - 1 AS last FROM (
     SELECT first_id, lag(trade_id, 1, $3::bigint - 1) OVER (ORDER BY trade_id) AS before
@@ -228,9 +233,7 @@ class Anchors:
             await self._explained(connection, market),
         )
         await failpoints.reach("anchors.table_asked")
-        if not found and not await connection.fetchval(
-            "SELECT EXISTS (SELECT FROM trades WHERE market_id = market($1, $2))", *market
-        ):
+        if not found and not await connection.fetchval(_IS_RECORDED, *market, first):
             holes = await self._unrecorded(ledger, first)
         await ledger.reopen(holes)
         await self._redis.hdel(UNANCHORED, ledger.field)

@@ -259,6 +259,7 @@ async def test_a_first_start_fetches_the_hours_asked_for(redis: Redis, postgres:
         values = {name.lower(): value for name, value in postgres.environment.items()}
         settings = Settings.model_validate({**values, "backfill_hours": 3})
         await RecordQueue(redis, "trade").push([], [Segment(NAME, 120, 121)])
+        await store(postgres, [120, 121], absent=[])  # a flusher is fast
         anchors = Anchors(redis, [Ledger(redis, MARKET)], venues, {NAME: 120}, settings)
         stop = asyncio.Event()
         async with during(anchors.run(stop), stop):
