@@ -276,6 +276,21 @@ async def test_poison_of_every_kind_among_a_thousand_each_is_dead_lettered_alone
     assert await fetch(postgres, "SELECT symbol FROM markets") == [(SYMBOL,)]
 
 
+async def test_halves_beside_two_records_in_one_item_do_not_move_the_blame(
+    environment: dict[str, str], postgres: Database, redis: Redis
+) -> None:
+    half, rest = trade(4).split(b",4,", 1)
+    poison = [trade(1) + b"," + trade(2), trade(3, price="0"), half, b"4," + rest]
+    queue = await push(
+        redis, [trade(0), poison[0], trade(5), poison[1], trade(6), *poison[2:], trade(7)]
+    )
+    async with flushing(environment):
+        await drained(redis, "trade")
+    assert await stored_ids(postgres) == [0, 5, 6, 7]
+    assert [letter["raw"] for letter in await letters(redis)] == poison
+    assert (await queue.balance()).is_exact
+
+
 def gap(number: int, cause: str = "why") -> bytes:
     fields = (f"g{number}", "trade", 3, 5, None, None, cause, "open", 0, 1, DAY, None)
     return records.encode(Gap("binance", SYMBOL, *fields))  # type: ignore[arg-type]  # one tuple of mixed types

@@ -49,6 +49,27 @@ def test_two_records_in_one_item_are_looked_at_singly() -> None:
     assert decode_rows("trade", [encode(TRADE) + b"," + encode(TRADE)]) is None
 
 
+def test_halves_of_a_record_do_not_make_up_for_two_in_one_item() -> None:
+    item = encode(TRADE)
+    for mark in (b"7", b"7,", b'"1.', b'"1.50"'):
+        head, rest = item[: item.index(mark)], item[item.index(mark) :]
+        halves = [head.rstrip(b","), rest]
+        for joint in (b",", b",false,"):
+            assert decode_rows("trade", [item + joint + item, *halves]) is None
+    two_levels = [("1", "2"), ("3", "4")]
+    book = encode(OrderbookSnapshot("binance", "BTCUSDT", 1, 2, 3, 4, 5, two_levels, [], 6))
+    head, rest = book.split(b'],["3"')
+    assert decode_rows("orderbook_snapshot", [book + b"," + book, head + b"]", b'["3"' + rest]) is (
+        None
+    )
+
+
+@pytest.mark.parametrize("item", [b"false", b"true", b"null", b"", b" ", b"7"])
+def test_what_is_no_record_is_looked_at_singly(item: bytes) -> None:
+    for items in ([item], [item, encode(TRADE)], [encode(TRADE), item]):
+        assert decode_rows("trade", items) is None
+
+
 @pytest.mark.parametrize("text", ["", ".", "-1", "1e5", "NaN", "1.2.3", "\u0661", "1 ", "9" * 51])
 def test_what_is_no_plain_decimal(text: str) -> None:
     assert not is_decimal(text)
