@@ -128,14 +128,17 @@ class Ledger:
         Where they are a whole open gap, that is what becomes of it; else they get a row of their
         own.
         """
-        whole = [gap for gap in await self.open_gaps() if _range(gap) == (first, last)]
+        gaps = await self.open_gaps()
+        whole = [gap for gap in gaps if _range(gap) == (first, last)]
         for gap in whole:
             why = f"{gap.cause}; {cause}"[:MOST_CAUSE]
             await self._push(_revised(gap, status=status, cause=why, ts_closed=now_micros()))
             await self._redis.hdel(self._gaps_key, gap.gap_id)
             await failpoints.reach("ledger.gap_explained")
         if not whole:
-            await self._push(self._gap(first, last, status, cause, status))
+            tries = max((gap.tries for gap in gaps if covers(gap, first, last)), default=0)
+            part = self._gap(first, last, status, cause, status)
+            await self._push(msgspec.structs.replace(part, tries=tries))
         await self._trade_queue.push([], [Segment(self.field, first, last)])
         await failpoints.reach("ledger.holes_explained")
 

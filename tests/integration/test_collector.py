@@ -329,6 +329,7 @@ async def test_ids_that_the_venue_does_not_have_are_absent(redis: Redis) -> None
     assert await queued_ids(redis) == [101, 104, 105]
     (absent,) = (gap for gap in await named(redis) if gap.status == "absent")
     assert (absent.from_id, absent.to_id) == (102, 103)
+    assert absent.tries >= backfill_module.SIGHTINGS
     assert await holes(redis) == []
 
 
