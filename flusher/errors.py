@@ -28,15 +28,17 @@ class Verdict(Enum):
 
 # The first that fits counts.
 _VERDICTS = {
-    Verdict.REJECTED: (
-        asyncpg.DataError,
-        asyncpg.IntegrityConstraintViolationError,
-        asyncpg.ProgramLimitExceededError,
-    ),
     Verdict.MISSING: (
         asyncpg.SyntaxOrAccessError,
         asyncpg.InvalidCatalogNameError,
         asyncpg.InvalidAuthorizationSpecificationError,
+        # A record that may hold no null was decoded as holding none: the table asks for more.
+        asyncpg.NotNullViolationError,
+    ),
+    Verdict.REJECTED: (
+        asyncpg.DataError,
+        asyncpg.IntegrityConstraintViolationError,
+        asyncpg.ProgramLimitExceededError,
     ),
     Verdict.AWAY: (
         OSError,  # TimeoutError and a unix socket that is not there among them

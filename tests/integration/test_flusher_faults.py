@@ -227,11 +227,21 @@ async def column_missing(database: Database) -> AsyncIterator[None]:
         await connection.execute("ALTER TABLE trades RENAME aside TO first_id")
 
 
+@asynccontextmanager
+async def column_too_many(database: Database) -> AsyncIterator[None]:
+    async with connected(database) as connection:
+        await connection.execute("ALTER TABLE trades ADD note text NOT NULL DEFAULT ''")
+        await connection.execute("ALTER TABLE trades ALTER note DROP DEFAULT")
+        yield
+        await connection.execute("ALTER TABLE trades DROP note")
+
+
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
         (table_missing, "UndefinedTableError"),
         (column_missing, "UndefinedColumnError"),
+        (column_too_many, "NotNullViolationError"),
         (read_only, "ReadOnlySQLTransactionError"),
     ],
 )

@@ -45,7 +45,6 @@ CASES: dict[Verdict, list[Exception]] = {
         asyncpg.BadCopyFileFormatError(),
         asyncpg.CharacterNotInRepertoireError(),
         asyncpg.CheckViolationError(),
-        asyncpg.NotNullViolationError(),
         asyncpg.ProgramLimitExceededError(),
     ],
     Verdict.MISSING: [
@@ -55,6 +54,7 @@ CASES: dict[Verdict, list[Exception]] = {
         asyncpg.InsufficientPrivilegeError(),
         asyncpg.InvalidCatalogNameError(),
         asyncpg.InvalidPasswordError(),
+        asyncpg.NotNullViolationError(),
     ],
     Verdict.BUG: [
         KeyError("binance"),
