@@ -562,11 +562,15 @@ class BinanceSpot:
         kind = _REFUSALS.get(status) or ("unavailable" if status >= _SERVER_ERROR else "rejected")
         if answer.code == _INVALID_SYMBOL:
             kind = "no_such_symbol"
+        elif kind == "rejected" and answer.code in _PASSING:
+            kind = "unavailable"
         return Refusal(kind, message, _retry_after(headers, answer.msg))
 
 
 _SERVER_ERROR: Final = 500
 _INVALID_SYMBOL: Final = -1121
+_PASSING: Final = frozenset({-1000, -1001, -1006, -1007, -1008, -1016})
+"""Disconnected, timed out, overloaded, shutting down: the venue's trouble, and it passes."""
 _Kind = Literal[
     "rate_limited", "banned", "forbidden", "no_such_symbol", "not_found", "rejected", "unavailable"
 ]

@@ -111,6 +111,8 @@ def test_a_trade_without_a_field_is_refused(field: str) -> None:
         (418, {"Retry-After": "120"}, b'{"code":-1003,"msg":"Way too much"}', "banned", 120.0),
         (418, {}, b"", "banned", None),
         (401, {}, b'{"code":-2015,"msg":"Invalid API-key"}', "forbidden", None),
+        (400, {}, b'{"code":-1008,"msg":"Server is overloaded"}', "unavailable", None),
+        (408, {}, b'{"code":-1007,"msg":"Timeout waiting"}', "unavailable", None),
         (403, {}, b"<html>no</html>", "unavailable", None),
         (451, {}, b"", "unavailable", None),
         (400, {}, b'{"code":-1121,"msg":"Invalid symbol."}', "no_such_symbol", None),
