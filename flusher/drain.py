@@ -85,6 +85,13 @@ class _Written:
     seconds: float
 
 
+def _before(end: int, written: _Written) -> _Written:
+    """Give the first part of a batch; the rows of the rest come again and count as duplicates."""
+    refused = {place: reason for place, reason in written.refused.items() if place < end}
+    claim = Claim(written.claim.head, written.claim.items[:end])
+    return _Written(claim, min(written.inserted, end - len(refused)), refused, written.seconds)
+
+
 class Drain:
     """Moves one kind of records; whatever fails leaves them at the head, in order."""
 
@@ -223,8 +230,14 @@ class Drain:
             for place in dead
         ]
         await failpoints.reach("flusher.acking")
-        depth = await self.queue.ack(claim, letters, dead_max=self._process.settings.dead_max)
-        await failpoints.reach("flusher.acked")
+        try:
+            depth = await self.queue.ack(claim, letters, dead_max=self._process.settings.dead_max)
+            await failpoints.reach("flusher.acked")
+        except DeadListFullError as error:
+            # The queue is to stand still at the record for which there is no room, not before it.
+            if end := dead[error.room]:
+                await self._trim(_before(end, written))
+            raise
         if dead:
             logger.error(
                 "{}: {} of {} records are refused and moved to {}, see `sluice dead`; the first: "

@@ -151,7 +151,14 @@ class StaleClaimError(Exception):
 
 
 class DeadListFullError(Exception):
-    """The dead list is at its bound: a person has to look before the queue goes on."""
+    """The dead list is at its bound: a person has to look before the queue goes on.
+
+    `room` is how many letters it would still have taken.
+    """
+
+    def __init__(self, key: str, room: int) -> None:
+        super().__init__(key)
+        self.room = room
 
 
 # Whatever changes holes begins with this. Holes stay disjoint.
@@ -257,7 +264,8 @@ if redis.call('GET', head) ~= ARGV[1]
   return -1
 end
 if refused > 0 then
-  if redis.call('LLEN', dead) + refused > most_dead then return -2 end
+  local room = most_dead - redis.call('LLEN', dead)
+  if refused > room then return -2 - math.max(room, 0) end
   for i = 6, #ARGV do redis.call('RPUSH', dead, ARGV[i]) end
   redis.call('HINCRBY', counters, 'dead', refused)
 end
@@ -349,8 +357,8 @@ class RecordQueue:
         )
         if result == -1:
             raise StaleClaimError(self.key)
-        if result == -2:  # noqa: PLR2004  # the script's second refusal
-            raise DeadListFullError(self.dead_key)
+        if result < 0:
+            raise DeadListFullError(self.dead_key, room=-2 - result)
         return int(result)
 
     async def revive(self, letter: bytes, item: bytes | None) -> bool:

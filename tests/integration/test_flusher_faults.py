@@ -336,7 +336,7 @@ async def test_a_full_dead_list_stops_its_queue_until_there_is_room(
         await drained(redis, "trade")
         await push(redis, [trade(1), b"3", trade(2)])
         await eventually(lambda: waits_for(flusher, "sluice dead list"))
-        assert await queue.length() == 3
+        assert await queue.length() == 2
         assert len([line for line in log if line.startswith("ERROR trade: the queue stands")]) == 1
         await redis.ltrim(queue.dead_key, 1, -1)
         await drained(redis, "trade")
@@ -344,6 +344,30 @@ async def test_a_full_dead_list_stops_its_queue_until_there_is_room(
         await flusher.stop()
     assert await stored_ids(postgres) == [1, 2]
     assert [letter["raw"] for letter in await letters(redis)] == [b"2", b"3"]
+
+
+async def test_more_poison_in_a_batch_than_the_dead_list_may_hold_is_met_one_room_at_a_time(
+    environment: dict[str, str], postgres: Database, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flusher.drain.BLOCKED_SECONDS", 0.1)
+    items = [item for n in range(5) for item in (trade(n), b"%d" % n)]
+    queue = await push(redis, items)
+    found = []
+    async with flushing(environment, dead_max=2) as flusher:
+        for rest in (5, 1):  # of the ten: the third and the fifth poison have no room
+
+            async def is_met(rest: int = rest) -> bool:
+                return await queue.length() == rest and waits_for(flusher, "sluice dead list")
+
+            await eventually(is_met)
+            found += [letter["raw"] for letter in await letters(redis)]
+            assert (await queue.balance()).is_exact
+            await redis.delete(queue.dead_key)
+        await drained(redis, "trade")
+        await flusher.stop()
+    found += [letter["raw"] for letter in await letters(redis)]
+    assert found == items[1::2]
+    assert await stored_ids(postgres) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
