@@ -16,7 +16,7 @@ COPY deploy/systemd deploy/systemd
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
     # What only development needs stays behind.
     && pip uninstall --yes asyncpg-stubs grimp hatchling hypothesis import-linter mypy pytest \
-        pytest-asyncio pytest-timeout ruff types-PyYAML pip
+        pytest-asyncio pytest-timeout pytest-xdist execnet ruff types-PyYAML pip
 
 FROM python:3.11-slim-trixie
 RUN useradd --system --uid 10001 --no-create-home sluice \

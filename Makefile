@@ -13,9 +13,9 @@ PACKAGES = collector flusher orderbook sluice
 run: $(VENV)/.installed
 	@exec $(BIN)/sluice run $(if $(SECONDS),--seconds $(SECONDS))
 
-# make test [ARGS='-k flusher -x']
+# make test [ARGS='-k flusher -x']; two files at a time, for most of them wait most of the time.
 test: $(VENV)/.installed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -32,6 +32,9 @@ SILENCE_GAPS: Final = 5
 """Between the two it is asked after so many times a market's usual gap between trades."""
 MEMORY: Final = 0.9
 """The part of its former self that the usual gap keeps when a new gap is seen."""
+FIRST_RENEWAL_SECONDS: Final = 30.0
+MOST_RENEWAL_SECONDS: Final = 1800.0
+"""Between two renewals for one market: a venue that never brings it must not cost the others."""
 LOOK_SECONDS: Final = 1.0
 MOST_ASKS: Final = 4
 """Markets asked about at a time: a whole venue that falls silent must not empty the budget."""
@@ -59,6 +62,8 @@ class Liveness:
         self._asked: dict[Market, float] = {}
         self._looked: dict[Market, float] = {}
         self._usual: dict[Market, float] = {}
+        self._renewals: dict[Market, tuple[float, float]] = {}
+        """Of a market that is silent: when its socket may be renewed again, and the next delay."""
         self._queue = RecordQueue(redis, "trade")
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -86,6 +91,7 @@ class Liveness:
         for market, seen in self._last_seen.items():
             before = self._looked.get(market, seen)
             if seen > before:
+                self._renewals.pop(market, None)
                 usual = self._usual.get(market, MOST_SILENCE_SECONDS)
                 self._usual[market] = MEMORY * usual + (1 - MEMORY) * (seen - before)
             self._looked[market] = seen
@@ -115,7 +121,7 @@ class Liveness:
         self.stalls += 1
         logger.warning(
             "{}: the socket has been silent for {:.0f} s but the venue is at trade {}, we at {}; "
-            "what is missing is fetched and the socket replaced",
+            "what is missing is fetched, and another socket tried now and then",
             market,
             time.monotonic() - silent_since,
             newest,
@@ -125,4 +131,8 @@ class Liveness:
         if head is None or newest <= int(head) + MOST_LEAP:
             await self._queue.push([], [Segment(stream, newest + 1, newest)])
             await failpoints.reach("liveness.hole_pushed")
-        self._renew(market, f"{market} is silent")
+        now = time.monotonic()
+        may_at, delay = self._renewals.get(market, (now, FIRST_RENEWAL_SECONDS))
+        if now >= may_at:
+            self._renewals[market] = (now + delay, min(2 * delay, MOST_RENEWAL_SECONDS))
+            self._renew(market, f"{market} is silent")

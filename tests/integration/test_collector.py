@@ -415,6 +415,25 @@ async def test_a_socket_that_is_silent_while_the_venue_trades_is_replaced(redis:
     assert await holes(redis) == [(8, 12)]
 
 
+async def test_a_market_that_stays_silent_is_asked_about_again_but_its_socket_left_alone(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness_module, "MOST_SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(liveness_module, "LEAST_SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(liveness_module, "LOOK_SECONDS", 0.02)
+    await redis.hset(HEADS, NAME, "7")
+    async with watching(redis, newest=12) as (liveness, renewed):
+        await eventually(lambda: bool(renewed))
+
+        async def is_asked_again() -> bool:
+            # What is missing is not fetched here: the head is put back.
+            await redis.hset(HEADS, NAME, "7")
+            return liveness.stalls > 3
+
+        await eventually(is_asked_again)
+    assert len(renewed) == 1
+
+
 @pytest.mark.parametrize(("ahead", "is_told"), [(0, False), (3600, True), (-3600, True)])
 async def test_a_clock_that_is_off_is_measured_and_told_once(
     redis: Redis, monkeypatch: pytest.MonkeyPatch, ahead: int, *, is_told: bool
