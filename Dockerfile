@@ -13,6 +13,7 @@ COPY orderbook orderbook
 COPY sluice sluice
 COPY migrations migrations
 COPY deploy/systemd deploy/systemd
+COPY docs/operations.md docs/operations.md
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
     # What only development needs stays behind.
     && pip uninstall --yes asyncpg-stubs grimp hatchling hypothesis import-linter mypy pytest \

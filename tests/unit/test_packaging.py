@@ -67,6 +67,15 @@ def test_the_wheel_holds_the_schema_the_units_and_the_command(wheel: Path) -> No
     assert len(units) > 1
 
 
+def test_the_wheel_installs_the_page_that_the_units_name(wheel: Path) -> None:
+    with ZipFile(wheel) as archive:
+        (page,) = (
+            name for name in archive.namelist() if name.endswith("share/doc/sluice/operations.md")
+        )
+        assert archive.read(page) == (ROOT / "docs/operations.md").read_bytes()
+    assert ".data/data/share/" in page
+
+
 def test_an_installed_command_finds_its_schema_and_its_units(wheel: Path, tmp_path: Path) -> None:
     with ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
