@@ -54,5 +54,5 @@ def run(work: Callable[[Settings], Awaitable[T]]) -> T:
     try:
         return asyncio.run(call())
     except (OSError, RedisError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.write(f"{type(error).__name__}: {error} (sluice doctor names the fix)\n")
         raise typer.Exit(EXIT_UNREACHABLE) from error

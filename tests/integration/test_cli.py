@@ -159,6 +159,7 @@ def test_a_gap_explains_what_is_missing_only_when_it_is_closed(
 def test_a_server_that_is_away_is_one_line_and_exit_3() -> None:
     told = sluice({"REDIS_PORT": "1"}, "queues", code=3)
     assert len(told.stderr.splitlines()) == 1
+    assert "sluice doctor" in told.stderr
 
 
 async def test_status_shows_markets_queues_and_gaps(
