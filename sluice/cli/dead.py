@@ -152,5 +152,12 @@ def _row(name: str, number: int, letter: Letter) -> dict[str, Any]:
         "number": number,
         "died": f"{died:%Y-%m-%d %H:%M:%S}",
         "reason": letter.reason,
-        "record": letter.item[:_EXCERPT].decode(errors="replace"),
+        "record": _visible(letter.item[:_EXCERPT].decode(errors="replace")),
     }
+
+
+def _visible(text: str) -> str:
+    """Escape what a terminal would obey."""
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+    )
