@@ -15,7 +15,7 @@ run: $(VENV)/.installed
 
 # make test [ARGS='-k flusher -x']; two files at a time, for most of them wait most of the time.
 test: $(VENV)/.installed
-	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -33,8 +33,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
 OptionalId = Annotated[int, msgspec.Meta(ge=-1, le=MAX_ID)]
 """An id, or -1 where there is none."""
 
-Micros = Annotated[int, msgspec.Meta(ge=0, le=253_402_300_799_999_999)]
-"""Microseconds since the epoch, up to the year 9999."""
+Micros = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+"""Microseconds since the epoch, up to the year 2255: SQL makes times of them in doubles."""
 
 Side = Literal["buy", "sell"]
 Level = tuple[DecimalText, DecimalText]

@@ -1,8 +1,9 @@
 """`sluice install`: the systemd units, rendered for a prefix, a user and a number of shards."""
 
 import json
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -37,14 +38,22 @@ class Instance:
         return PORTS[self.service] + 10 * (len(SLOTS) * self.shard + SLOTS.index(self.slot))
 
 
-def _targets(instances: Iterable[Instance]) -> str:
+def _own_settings(instance: Instance, shards: int, held: str) -> str:
+    """Give an instance's own file: what it held, but for the share of the books, which is ours."""
+    lines = [line for line in held.splitlines() if not line.startswith("BOOK_SHARD=")]
+    if instance.service == "orderbook":
+        lines.append(f"BOOK_SHARD={instance.shard}/{shards}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _targets(ports: Mapping[Instance, int]) -> str:
     """Write what Prometheus' file_sd_configs reads: both slots, told apart from what they do."""
     groups = [
         {
-            "targets": [f"127.0.0.1:{each.port}"],
+            "targets": [f"127.0.0.1:{port}"],
             "labels": {"service": each.service, "shard": str(each.shard), "slot": each.slot},
         }
-        for each in instances
+        for each, port in ports.items()
     ]
     return json.dumps(groups, indent=2) + "\n"
 
@@ -87,12 +96,14 @@ def install(
         for shard in range(shards if service == "orderbook" else 1)
         for slot in SLOTS
     ]
+    ports = {}
     for each in instances:
-        files[etc / "sluice" / f"{each.service}-{each.shard}-{each.slot}.env"] = (
-            f"METRICS_PORT={each.port}\n"
-            + (f"BOOK_SHARD={each.shard}/{shards}\n" if each.service == "orderbook" else "")
-        )
-    files[etc / "sluice" / "prometheus-targets.json"] = _targets(instances)
+        path = etc / "sluice" / f"{each.service}-{each.shard}-{each.slot}.env"
+        held = path.read_text(encoding="utf-8") if path.exists() else f"METRICS_PORT={each.port}\n"
+        files[path] = _own_settings(each, shards, held)
+        named = re.search("^METRICS_PORT=([0-9]+)$", held, re.MULTILINE)
+        ports[each] = int(named[1]) if named else each.port
+    files[etc / "sluice" / "prometheus-targets.json"] = _targets(ports)
     settings = etc / "sluice" / "sluice.env"
     if settings.exists():
         typer.echo(f"kept     {settings}")

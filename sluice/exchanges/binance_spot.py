@@ -31,7 +31,7 @@ from sluice.exchanges.base import (
 from sluice.records import Kline, Level, Ticker, Trade, is_decimal, is_positive
 
 MICROS_PER_MS: Final = 1000
-_MAX_MS: Final = 253_402_300_799_999
+_MAX_MS: Final = (2**53 - 1) // 1000
 # fmt: off
 INTERVALS: Final = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h",
                     "1d", "3d", "1w", "1M")

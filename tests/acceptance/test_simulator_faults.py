@@ -14,7 +14,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sluice.simulator import Order, Simulator, SimulatorConfig
-from sluice.simulator.faults import CONNECTION, CONTROL, HANDSHAKE, KINDS, MESSAGE, REST
+from sluice.simulator.faults import CONNECTION, CONTROL, HANDSHAKE, KINDS, MESSAGE, REST, STANDING
 
 PATIENCE = 60
 CONFIG = SimulatorConfig(symbols=("BTCUSDT",), seed=11, rate=100)
@@ -430,6 +430,18 @@ async def test_ids_are_hidden_from_rest() -> None:
         assert simulator.truth.hidden("BTCUSDT") == [first + 1, first + 2]
 
 
+async def test_retired_ids_are_served_within_aggregates_alone() -> None:
+    async with running() as simulator:
+        await with_trades(simulator, 5)
+        first = simulator.truth.ids("BTCUSDT")[0]
+        simulator.exchange.retire("BTCUSDT", [first + 1, first + 2])
+        page = (await rest(simulator, f"historicalTrades?symbol=BTCUSDT&fromId={first + 1}")).json
+        assert page[0]["id"] == first + 3
+        aggregates = (await rest(simulator, "aggTrades?symbol=BTCUSDT&limit=1000")).json
+        held = {n for each in aggregates for n in range(each["f"], each["l"] + 1)}
+        assert {first + 1, first + 2} <= held
+
+
 async def test_the_clock_is_an_hour_off_for_socket_and_rest_alike() -> None:
     hour = 3_600_000
     async with running() as simulator, socket(simulator) as client:
@@ -451,7 +463,7 @@ def test_all_faults_are_covered_here() -> None:
         "drop", "duplicate", "reorder", "cut", "cut_mid_frame", "close", "stall", "half_open",
         "slow", "shutdown", "refuse_handshake", "acked_but_silent", "ack_error", "ack_missing",
         "ack_late", "rest_cut", "rest_stall", "empty_page", "endless_page", "stale_snapshot",
-        "hide", "skew",
+        "hide", "retire", "skew",
     }  # fmt: skip
     assert LOOKS.keys() | STATUSES.keys() | elsewhere == KINDS
-    assert MESSAGE | CONNECTION | HANDSHAKE | CONTROL | REST | {"hide", "skew"} == KINDS
+    assert MESSAGE | CONNECTION | HANDSHAKE | CONTROL | REST | STANDING == KINDS

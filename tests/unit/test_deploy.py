@@ -56,6 +56,16 @@ def test_install_keeps_settings_and_passwords_that_are_there(tmp_path: Path) -> 
     assert settings.read_text() == "SYMBOLS=binance:SOLUSDT\n"
 
 
+def test_install_again_keeps_an_instance_s_own_settings_but_its_share(tmp_path: Path) -> None:
+    arguments = ["install", "--root", str(tmp_path)]
+    CliRunner().invoke(app, arguments)
+    own = tmp_path / "etc/sluice/orderbook-0-a.env"
+    own.write_text("METRICS_PORT=9555\nBOOK_SHARD=0/1\nLOG_LEVEL=DEBUG\n")
+    CliRunner().invoke(app, [*arguments, "--shards", "2"])
+    assert own.read_text() == "METRICS_PORT=9555\nLOG_LEVEL=DEBUG\nBOOK_SHARD=0/2\n"
+    assert "127.0.0.1:9555" in (tmp_path / "etc/sluice/prometheus-targets.json").read_text()
+
+
 def test_a_rolling_deploy_starts_the_new_before_it_stops_the_old(tmp_path: Path) -> None:
     log = tmp_path / "log"
     fake = tmp_path / "systemctl"
