@@ -30,7 +30,7 @@ from sluice.clock import MICROS_PER_SECOND
 from sluice.connections import connect_redis
 from sluice.exchanges import EXCHANGES, Exchange
 from sluice.exchanges.base import BadFrameError, Reply, ServerShutdown
-from sluice.fitness import redis_is_fit, spool_is_fit
+from sluice.fitness import keep_file_whole, redis_is_fit, spool_is_fit
 from sluice.lifecycle import Fact, Process
 from sluice.metrics import counter, gauge
 from sluice.presence import announce
@@ -315,6 +315,7 @@ async def run(process: Process) -> None:
             fitness = tasks.create_task(redis_is_fit(redis, process.health))
             publishing = tasks.create_task(publisher.run(publisher_stop))
             tasks.create_task(announce(process, redis))
+            tasks.create_task(keep_file_whole(redis, process.stop))
             sockets = Sockets(tasks)
             await sources.arrange(settings, sockets)
             following = tasks.create_task(sources.follow(sockets))

@@ -17,7 +17,7 @@ from flusher.leases import RENEW_SECONDS, Leases
 from flusher.tables import TABLES
 from sluice.backoff import Backoff
 from sluice.connections import access_problem, connect_postgres, connect_redis
-from sluice.fitness import redis_is_fit
+from sluice.fitness import keep_file_whole, redis_is_fit
 from sluice.lifecycle import Fact, Process
 from sluice.metrics import counter, gauge
 from sluice.presence import announce
@@ -51,6 +51,7 @@ async def run(process: Process) -> None:
         process.reload.append(lambda _: _RELOADED)  # each batch reads the process's settings
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(announce(process, redis))
+            tasks.create_task(keep_file_whole(redis, process.stop))
             tasks.create_task(drains.run())
     finally:
         await redis.aclose()

@@ -23,7 +23,7 @@ from sluice.connections import connect_redis
 from sluice.coverage import Coverage
 from sluice.exchanges import EXCHANGES, Exchange
 from sluice.exchanges.base import BadFrameError, Depth, DepthImage, Reply, ServerShutdown
-from sluice.fitness import redis_is_fit, spool_is_fit
+from sluice.fitness import keep_file_whole, redis_is_fit, spool_is_fit
 from sluice.lifecycle import Fact, Process
 from sluice.metrics import counter, gauge
 from sluice.presence import announce
@@ -341,6 +341,7 @@ async def run(process: Process) -> None:
         async with asyncio.TaskGroup() as tasks:
             publishing = tasks.create_task(publisher.run(publisher_stop))
             tasks.create_task(announce(process, redis))
+            tasks.create_task(keep_file_whole(redis, process.stop))
             writing = [tasks.create_task(latest.run()), tasks.create_task(coverage.run())]
             watching: list[asyncio.Task[None]] = []
 

@@ -8,6 +8,10 @@ order, and of two flushers that claimed the same batch one trim wins.
 *Push* appends records and, in the same step, judges whether their ids continue the market's head
 (design: completeness). All scripts keep the durable counters, so at any instant
 `pushed = acked + dead + length`.
+
+Redis writes what a script did into its append-only file as one transaction. What a power cut tore
+off at its end is not applied when Redis starts, but its beginning may be at the start after that
+(`sluice.fitness`). So each script writes first what saves and last what takes away.
 """
 
 import random
@@ -25,6 +29,8 @@ UNANCHORED: Final = f"{PREFIX}:unanchored"
 """Hash: a stream whose head was missing to the first id pushed since; the table must be asked."""
 BOOKS_COVERED: Final = f"{PREFIX}:books:covered"
 """Hash: `<exchange>:<symbol>:depth` to the exchange's time up to which a book was live."""
+REWRITTEN_BY: Final = f"{PREFIX}:redis:rewritten"
+"""The run id of the Redis whose append-only file was rewritten after its start."""
 PROCESSES: Final = f"{PREFIX}:processes"
 """Hash: `<name>:<host>:<pid>` to how that process stands (`sluice.presence`)."""
 STREAMS_COVERED: Final = f"{PREFIX}:streams:covered"
@@ -177,9 +183,9 @@ local function subtract(holes, first, last)
     local from, to, since = string.match(hole, '^(%d+)-(%d+)-(%d+)$')
     from, to = tonumber(from), tonumber(to)
     if to < first then return end
-    redis.call('ZREM', holes, hole)
     if from < first then add(holes, from, first - 1, since) end
     if to > last then add(holes, last + 1, to, since) end
+    redis.call('ZREM', holes, hole)
   end
 end
 """
@@ -191,23 +197,6 @@ local queue, counters, heads, unanchored = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local segments = tonumber(ARGV[1])
 local prior = {}
 
-for i = 0, segments - 1 do
-  local field = ARGV[2 + 3 * i]
-  local first, last = tonumber(ARGV[3 + 3 * i]), tonumber(ARGV[4 + 3 * i])
-  local head = redis.call('HGET', heads, field)
-  prior[i + 1] = head or ''
-  if not head then
-    redis.call('HSET', heads, field, ARGV[4 + 3 * i])
-    redis.call('HSETNX', unanchored, field, ARGV[3 + 3 * i])
-  else
-    head = tonumber(head)
-    local holes = ARGV[2 + 3 * segments] .. field
-    if first > head + 1 then add(holes, head + 1, first - 1, opened) end
-    if first <= head and first <= last then subtract(holes, first, last) end
-    if last > head then redis.call('HSET', heads, field, ARGV[4 + 3 * i]) end
-  end
-end
-
 local start = 3 + 3 * segments
 local length = 0
 for i = start, #ARGV, 5000 do
@@ -217,6 +206,23 @@ local pushed = #ARGV - start + 1
 redis.call('HINCRBY', counters, 'pushed', pushed)
 -- A list that was empty may be one that no flusher has heard of.
 if length == pushed and pushed > 0 then redis.call('SADD', KEYS[5], queue) end
+
+for i = 0, segments - 1 do
+  local field = ARGV[2 + 3 * i]
+  local first, last = tonumber(ARGV[3 + 3 * i]), tonumber(ARGV[4 + 3 * i])
+  local head = redis.call('HGET', heads, field)
+  prior[i + 1] = head or ''
+  if not head then
+    redis.call('HSETNX', unanchored, field, ARGV[3 + 3 * i])
+    redis.call('HSET', heads, field, ARGV[4 + 3 * i])
+  else
+    head = tonumber(head)
+    local holes = ARGV[2 + 3 * segments] .. field
+    if first > head + 1 then add(holes, head + 1, first - 1, opened) end
+    if last > head then redis.call('HSET', heads, field, ARGV[4 + 3 * i]) end
+    if first <= head and first <= last then subtract(holes, first, last) end
+  end
+end
 return {length, prior}
 """
 )
@@ -269,9 +275,9 @@ if refused > 0 then
   for i = 6, #ARGV do redis.call('RPUSH', dead, ARGV[i]) end
   redis.call('HINCRBY', counters, 'dead', refused)
 end
-redis.call('LTRIM', queue, count, -1)
 redis.call('INCRBY', head, count)
 redis.call('HINCRBY', counters, 'acked', count - refused)
+redis.call('LTRIM', queue, count, -1)
 return redis.call('LLEN', queue)
 """
 
