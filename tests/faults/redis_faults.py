@@ -35,8 +35,8 @@ async def pause_clients(redis: Redis, seconds: float) -> None:
 async def memory_full(redis: Redis) -> AsyncIterator[None]:
     """Refuse what needs memory: there is a maxmemory, and it is exceeded."""
     before = (await redis.config_get("maxmemory"))["maxmemory"] or "0"
-    await redis.config_set("maxmemory", "1")
     try:
+        await redis.config_set("maxmemory", "1")  # it may be done though we are cancelled here
         yield
     finally:
         await redis.config_set("maxmemory", before)
@@ -46,8 +46,8 @@ async def memory_full(redis: Redis) -> AsyncIterator[None]:
 async def read_only(redis: Redis) -> AsyncIterator[None]:
     """Refuse every write: it is the replica of a primary that is not there."""
     # Port 1 of this machine: a live primary would replace the data by its own.
-    await redis.replicaof("127.0.0.1", "1")
     try:
+        await redis.replicaof("127.0.0.1", "1")
         yield
     finally:
         await redis.replicaof("NO", "ONE")
